@@ -1,0 +1,91 @@
+"""The experts of DeepSeekMoE §3 (arXiv 2401.06066): fine-grained routed experts beside shared ones.
+
+Shapes: B batch, T tokens, N = B·T, H hidden, I expert's intermediate width, E routed experts, K experts a token.
+"""
+
+import torch
+import torch.nn.functional as F
+from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+
+from .balance import drop_tokens_over_capacity
+from .router import Router
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward, down(act(gate(x)) · up(x)): a dense layer, or the shared experts as one wide expert."""
+
+    def __init__(self, config: DeepseekConfigBase, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+@use_experts_implementation
+class RoutedExperts(nn.Module):
+    """The routed experts, their weights fused: `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
+
+    `forward` below is the plain reading, one expert after the other ("eager"). transformers' experts interface puts a
+    faster one in its place (`config._experts_implementation`: grouped or batched matrix products).
+    """
+
+    def __init__(self, config: DeepseekConfigBase):
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`hidden_states` [N, H], `top_k_index` [N, K], `top_k_weights` [N, K] → [N, H].
+
+        An index of E marks a choice that another rank serves (expert parallelism).
+        """
+        output = torch.zeros_like(hidden_states)
+        for expert in torch.unique(top_k_index).tolist():
+            if expert == self.num_experts:
+                continue
+            token, choice = torch.where(top_k_index == expert)
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            weighted = expert_output * top_k_weights[token, choice, None]
+            output.index_add_(0, token, weighted.to(output.dtype))
+        return output
+
+
+class MixtureOfExperts(nn.Module):
+    """DeepSeekMoE's feed-forward: every token passes the shared experts and K routed ones (eq. 9 of the V1 paper)."""
+
+    def __init__(self, config: DeepseekConfigBase):
+        super().__init__()
+        self.config = config
+        self.gate = Router(config)
+        self.experts = RoutedExperts(config)
+        if config.n_shared_experts:
+            self.shared_experts = MLP(config, config.moe_intermediate_size * config.n_shared_experts)
+
+    def forward(
+        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`hidden_states` [B, T, H], `token_mask` [B, T] (True for real tokens; `None`: all are) →
+        `(output [B, T, H], router_logits [N, E], topk_index [N, K])`."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        router_logits, topk_weight, topk_index = self.gate(hidden_states)
+        if self.training and self.config.expert_capacity_factor is not None:
+            mask = None if token_mask is None else token_mask.flatten()
+            topk_weight = drop_tokens_over_capacity(self.config, topk_weight, topk_index, mask)
+        output = self.experts(flat, topk_index, topk_weight).view_as(hidden_states)
+        if self.config.n_shared_experts:
+            output = output + self.shared_experts(hidden_states)
+        return output, router_logits, topk_index

@@ -1,0 +1,81 @@
+"""Multi-Token Prediction: DeepSeek-V3 §2.2 (arXiv 2412.19437).
+
+Shapes: B batch, T tokens, H hidden, D depth (number of MTP layers, k = 0 … D-1).
+
+Each depth predicts one token further. Depth k takes, at every position i, the representation of the depth before
+(depth 0: the main model's, after its final norm) and the embedding of token i+k+1, joins them, runs one decoder block
+and predicts token i+k+2 through the main model's own output head. With tokens t0 … t5 and D = 2:
+
+    position i      0        1        2        3        4
+    main            t1       t2       t3       t4       t5        from t0 … t4
+    depth 0 reads   t1       t2       t3       t4       t5
+            target  t2       t3       t4       t5       -
+    depth 1 reads   t2       t3       t4       t5
+            target  t3       t4       t5       -
+
+So depth k has T-1-k positions, of which the last has no target yet: that one drafts.
+"""
+
+import torch
+from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
+from torch import nn
+
+from .decoder import DecoderLayer, DecoderLayerOutput
+
+
+class SharedHead(nn.Module):
+    """What an MTP layer keeps of an output head of its own: the norm. The projection is the main model's `lm_head`."""
+
+    def __init__(self, config: DeepseekConfigBase):
+        super().__init__()
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.norm(hidden_states)
+
+
+class MultiTokenPredictionLayer(DecoderLayer):
+    """MTP module of one depth (eq. 21-23): `model.layers.<num_hidden_layers + k>` in the checkpoints."""
+
+    def __init__(self, config: DeepseekConfigBase, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.enorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hnorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.shared_head = SharedHead(config)
+
+    def forward(self, hidden_states: torch.Tensor, next_embeds: torch.Tensor, **kwargs) -> DecoderLayerOutput:
+        """`hidden_states` [B, T', H] of the depth before, `next_embeds` [B, T', H] of each position's next token →
+        the block's output after the shared head's norm, ready for `lm_head` and for the next depth."""
+        # The paper writes [hnorm; enorm]; the published weights take the embedding first.
+        joined = self.eh_proj(torch.cat([self.enorm(next_embeds), self.hnorm(hidden_states)], dim=-1))
+        output = super().forward(joined, **kwargs)
+        return output._replace(hidden_states=self.shared_head(output.hidden_states))
+
+
+def mtp_labels(
+    labels: torch.Tensor, depth: int, token_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """Targets of depth k: [B, T-1-k], entry i holding label i+k+2, or -100 where there is nothing to learn.
+
+    That is at the end of the row, on padding, and wherever the tokens i … i+k+2 do not all belong to one document: a
+    packed row's documents begin where `position_ids` do not go on counting.
+
+    Args:
+        labels: [B, T], -100 where ignored.
+        token_mask: [B, T], True for real tokens.
+        position_ids: [B, T] or [1, T].
+    """
+    reach = depth + 2
+    targets = nn.functional.pad(labels[:, reach:], (0, 1), value=-100)
+    learnable = torch.ones_like(labels, dtype=torch.bool)
+    if token_mask is not None:
+        learnable &= token_mask.to(labels.device)
+    if position_ids is not None:
+        document = (position_ids.diff(dim=-1) != 1).cumsum(dim=-1).to(labels.device)
+        document = nn.functional.pad(document, (1, 0)).expand_as(labels)
+        same_document = document[:, :-reach] == document[:, reach:]
+    else:
+        same_document = torch.ones_like(labels[:, reach:], dtype=torch.bool)
+    spanned = learnable.unfold(1, reach + 1, 1).all(dim=-1) & same_document  # [B, T-reach]
+    return targets.masked_fill(~nn.functional.pad(spanned, (0, 1)), -100)
