@@ -1,8 +1,9 @@
 """DeepSeek's architecture as transformers models. Importing this package registers the model types `deepseek`,
 `deepseek_v2` and `deepseek_v3` with transformers' Auto classes, in place of transformers' own classes."""
 
-from deepseek_hf.configuration import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from deepseek_hf.configuration import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
 
 from .checkpoint import register_checkpoint_layout
 from .modeling_deepseek import (

@@ -20,10 +20,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from deepseek_hf.configuration.configuration_deepseek import DeepseekConfig, MultiHeadLatentAttentionConfig
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from deepseek_hf.configuration.configuration_deepseek import DeepseekConfig, MultiHeadLatentAttentionConfig
 
 from .rotary import apply_rotary, softmax_scale
 
@@ -173,7 +174,7 @@ class MultiHeadLatentAttention(nn.Module):
     def latents(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, T, hidden] → what is cached: normed latents [B, 1, T, C], shared rotated keys [B, 1, T, R] (eq. 41, 43)."""
+        """[B, T, hidden] → what is cached: normed latents [B, 1, T, C], rotated keys [B, 1, T, R] (eq. 41, 43)."""
         compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
         latent, k_rope = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         k_rope = apply_rotary(k_rope, *position_embeddings, interleaved=self.config.rope_interleave)

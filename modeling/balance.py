@@ -15,11 +15,22 @@ With `seq_aux` f and P are taken within each sequence and the losses averaged ov
 """
 
 import math
+from typing import NamedTuple
 
 import torch
+
 from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 
 from .router import routing_scores
+
+
+class Routing(NamedTuple):
+    """How one layer routed: `router_logits` [B·T, E], `topk_index` [B·T, K] (the experts chosen), and `token_mask`
+    [B, T], True for the tokens that count (`None`: all do)."""
+
+    router_logits: torch.Tensor
+    topk_index: torch.Tensor
+    token_mask: torch.Tensor | None
 
 
 def num_expert_devices(config: DeepseekConfigBase) -> int:
@@ -27,42 +38,55 @@ def num_expert_devices(config: DeepseekConfigBase) -> int:
     return config.n_expert_devices or config.n_group or 1
 
 
+def max_devices_of_token(config: DeepseekConfigBase) -> int:
+    """M: on how many devices the K experts of a token can lie, given that they come from `topk_group` groups."""
+    devices = num_expert_devices(config)
+    reachable = min(devices, config.num_experts_per_tok)
+    if config.topk_method == "greedy":
+        return reachable
+    devices_of_group = math.ceil(devices / config.n_group)
+    return min(reachable, config.topk_group * devices_of_group)
+
+
 def balance_loss(
-    config: DeepseekConfigBase,
-    router_logits: torch.Tensor,
-    topk_index: torch.Tensor,
-    token_mask: torch.Tensor,
-    sequence_weight: torch.Tensor | None = None,
+    config: DeepseekConfigBase, routing: Routing, batch_size: int, sequence_weight: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The weighted sum of the three balance losses of one layer, a float32 scalar.
 
     Args:
-        router_logits: [B·T, E].
-        topk_index: [B·T, K], the experts chosen.
-        token_mask: [B, T], True for real tokens; padding counts nowhere.
+        routing: of this layer; padding counts nowhere.
+        batch_size: B.
         sequence_weight: [B], each sequence's weight in the average over sequences; `None` weighs alike all sequences
             that hold a real token. Without `seq_aux` its sum weighs the batch.
     """
-    sequences = token_mask.shape[0]
+    router_logits, topk_index, token_mask = routing
     scores = routing_scores(router_logits, config.scoring_func)
+    if token_mask is None:
+        token_mask = torch.ones(batch_size, scores.shape[0] // batch_size, dtype=torch.bool, device=scores.device)
     if config.scoring_func == "sigmoid":  # V3 eq. 20: affinities normalised over the experts, as softmax's already are
         scores = scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
     if sequence_weight is None:
         has_tokens = token_mask.any(dim=1).float()
         sequence_weight = has_tokens / has_tokens.sum().clamp(min=1)
+    sequence_weight = sequence_weight.to(scores.device)
 
-    rows = sequences if config.seq_aux else 1
+    rows = batch_size if config.seq_aux else 1
     mask = token_mask.reshape(rows, -1, 1).float()
     scores = scores.reshape(rows, -1, config.n_routed_experts)
-    choices = torch.zeros_like(scores).scatter_(2, topk_index.reshape(rows, scores.shape[1], -1), 1.0)
+    favoured = topk_index
+    if config.topk_method == "noaux_tc":  # V3 eq. 18: the K highest affinities, whatever bias and group limit chose
+        favoured = scores.topk(config.num_experts_per_tok, dim=-1).indices
     tokens = mask.sum(dim=1).clamp(min=1)  # [rows, 1]
     row_weight = sequence_weight.float() if config.seq_aux else sequence_weight.float().sum(dim=0, keepdim=True)
 
     def mean_over_tokens(values: torch.Tensor) -> torch.Tensor:
         return (values * mask).sum(dim=1) / tokens
 
+    def choices(index: torch.Tensor) -> torch.Tensor:  # [rows, tokens, E], 1 where chosen
+        return torch.zeros_like(scores).scatter_(2, index.reshape(*scores.shape[:2], -1), 1.0)
+
     per_choice = config.n_routed_experts / config.num_experts_per_tok
-    f = mean_over_tokens(choices) * per_choice  # [rows, E]
+    f = mean_over_tokens(choices(favoured)) * per_choice  # [rows, E]
     p = mean_over_tokens(scores)  # [rows, E]
     loss = config.aux_loss_alpha * (f * p).sum(dim=-1)
 
@@ -71,10 +95,8 @@ def balance_loss(
         p_device = p.unflatten(-1, (devices, -1)).sum(dim=-1)  # [rows, D]
         f_device = f.unflatten(-1, (devices, -1)).mean(dim=-1)
         loss = loss + config.device_aux_loss_alpha * (f_device * p_device).sum(dim=-1)
-        # A token reaches at most M devices: `topk_group` where routing is limited to groups.
-        reach = config.topk_group if config.topk_method != "greedy" else min(devices, config.num_experts_per_tok)
-        sent = choices.unflatten(-1, (devices, -1)).amax(dim=-1)  # [rows, tokens, D]
-        f_sent = mean_over_tokens(sent) * devices / reach
+        sent = choices(topk_index).unflatten(-1, (devices, -1)).amax(dim=-1)  # [rows, tokens, D]
+        f_sent = mean_over_tokens(sent) * devices / max_devices_of_token(config)
         loss = loss + config.comm_aux_loss_alpha * (f_sent * p_device).sum(dim=-1)
     return (loss * row_weight).sum()
 

@@ -6,10 +6,11 @@ Shapes: B batch, T tokens, N = B·T, H hidden, E routed experts, K experts a tok
 from typing import NamedTuple
 
 import torch
-from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 
 from .attention import MultiHeadAttention, MultiHeadLatentAttention
 from .experts import MLP, MixtureOfExperts
@@ -19,7 +20,7 @@ class DecoderLayerOutput(NamedTuple):
     """`hidden_states` [B, T, H]; of a mixture of experts also `router_logits` [N, E] and `topk_index` [N, K].
 
     The routing is returned, not kept in the module, so that balance losses and loads count each token once, also where
-    gradient checkpointing runs the layer twice.
+    gradient checkpointing runs the layer twice. To be unpacked: reentrant checkpointing makes a plain tuple of it.
     """
 
     hidden_states: torch.Tensor

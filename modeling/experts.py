@@ -5,10 +5,11 @@ Shapes: B batch, T tokens, N = B·T, H hidden, I expert's intermediate width, E 
 
 import torch
 import torch.nn.functional as F
-from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
+
+from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 
 from .balance import drop_tokens_over_capacity
 from .router import Router

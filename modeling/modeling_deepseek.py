@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from deepseek_hf.configuration import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
-from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -22,12 +20,16 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from deepseek_hf.configuration import DeepseekConfig, DeepseekV2Config, DeepseekV3Config
+from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
+
 from .attention import MultiHeadAttention, MultiHeadLatentAttention
-from .balance import balance_loss
+from .balance import Routing, balance_loss
 from .checkpoint import CheckpointMixin
-from .decoder import DecoderLayer, DecoderLayerOutput
+from .decoder import DecoderLayer
 from .experts import RoutedExperts
-from .mtp import MultiTokenPredictionLayer, mtp_labels
+from .latent_cache import use_latent_layers
+from .mtp import MultiTokenPredictionLayer, mtp_labels, within_document
 from .rotary import RotaryEmbedding
 from .router import Router
 
@@ -35,9 +37,9 @@ from .router import Router
 @dataclass
 class DeepseekModelOutput(MoeModelOutputWithPast):
     """transformers' `MoeModelOutputWithPast`, and on request (`output_routing=True`) the `routing` of each mixture of
-    experts: `(router_logits [B·T, E], topk_index [B·T, K])`, for the balance losses."""
+    experts, for the balance losses."""
 
-    routing: tuple[tuple[torch.Tensor, torch.Tensor], ...] | None = None
+    routing: tuple[Routing, ...] | None = None
 
 
 @dataclass
@@ -70,7 +72,7 @@ class MultiTokenPrediction(NamedTuple):
 
     loss: torch.Tensor | None = None
     logits: tuple[torch.Tensor, ...] | None = None
-    routing: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    routing: tuple[Routing, ...] = ()
 
 
 class DeepseekPreTrainedModel(CheckpointMixin, PreTrainedModel):
@@ -94,6 +96,11 @@ class DeepseekPreTrainedModel(CheckpointMixin, PreTrainedModel):
     }
     # The bias moves by steps of 0.001 around values of about 1, which bfloat16 cannot represent.
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers (read in 5.23) looks for the experts interface's decorator in this file; it is in experts.py.
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -179,11 +186,13 @@ class DeepseekModel(DeepseekPreTrainedModel):
         position_ids, shared = self.layer_inputs(inputs_embeds, attention_mask, position_ids, past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None and hasattr(self.config, "kv_lora_rank"):
+            past_key_values = use_latent_layers(past_key_values)
 
         hidden_states = inputs_embeds
         routing = []
         for layer in self.layers[: self.config.num_hidden_layers]:
-            output = layer(
+            hidden_states, router_logits, topk_index = layer(
                 hidden_states,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -191,8 +200,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
                 **shared,
                 **kwargs,
             )
-            hidden_states = output.hidden_states
-            self.record_routing(layer, output, shared["token_mask"], routing)
+            self.record_routing(layer, router_logits, topk_index, shared["token_mask"], routing)
         return DeepseekModelOutput(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values,
@@ -226,14 +234,19 @@ class DeepseekModel(DeepseekPreTrainedModel):
         }
 
     def record_routing(
-        self, layer: DecoderLayer, output: DecoderLayerOutput, token_mask: torch.Tensor | None, routing: list
+        self,
+        layer: DecoderLayer,
+        router_logits: torch.Tensor | None,
+        topk_index: torch.Tensor | None,
+        token_mask: torch.Tensor | None,
+        routing: list[Routing],
     ) -> None:
         """Appends the layer's routing to `routing`, and in training counts the load of its experts."""
-        if output.topk_index is None:
+        if topk_index is None:
             return
-        routing.append((output.router_logits, output.topk_index))
+        routing.append(Routing(router_logits, topk_index, token_mask))
         if self.training:
-            layer.mlp.gate.count_load(output.topk_index, None if token_mask is None else token_mask.flatten())
+            layer.mlp.gate.count_load(topk_index, None if token_mask is None else token_mask.flatten())
 
 
 def padding_mask(attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
@@ -339,7 +352,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             aux_loss = self.sum_balance_losses(
-                (*outputs.routing, *mtp.routing), attention_mask, labels, kwargs.get("num_items_in_batch")
+                (*outputs.routing, *mtp.routing), labels, kwargs.get("num_items_in_batch")
             )
             if self.training and aux_loss is not None:
                 loss = loss + aux_loss.to(loss.device)
@@ -384,15 +397,17 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
                 None if position_ids is None else position_ids[:, :length],
                 past_key_values=None,
             )
-            output = layer(
+            # A position counts as a token where the tokens i … i+k+1 that it reads are one document's.
+            within = within_document(depth + 1, token_mask, position_ids)
+            shared["token_mask"] = None if within is None else within.expand(inputs_embeds.shape[0], -1)
+            hidden_states, router_logits, topk_index = layer(
                 hidden_states[:, :length],
                 inputs_embeds[:, depth + 1 :],
                 position_ids=positions,
                 **shared,
                 **kwargs,
             )
-            hidden_states = output.hidden_states
-            self.model.record_routing(layer, output, shared["token_mask"], routing)
+            self.model.record_routing(layer, router_logits, topk_index, shared["token_mask"], routing)
             depth_logits = self.lm_head(hidden_states)
             if output_mtp_logits:
                 logits.append(depth_logits)
@@ -418,8 +433,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
 
     def sum_balance_losses(
         self,
-        routing: tuple[tuple[torch.Tensor, torch.Tensor], ...],
-        attention_mask: torch.Tensor | None,
+        routing: tuple[Routing, ...],
         labels: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor | None:
@@ -431,18 +445,10 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         config = self.config
         if not routing or not (config.aux_loss_alpha or config.device_aux_loss_alpha or config.comm_aux_loss_alpha):
             return None
-        token_mask = padding_mask(attention_mask, labels.shape[1])
-        if token_mask is None:
-            token_mask = torch.ones_like(labels, dtype=torch.bool)
         sequence_weight = None
         if num_items_in_batch is not None:
             sequence_weight = (labels[:, 1:] != -100).sum(dim=1) / num_items_in_batch
-        losses = []
-        for router_logits, topk_index in routing:
-            length = router_logits.shape[0] // labels.shape[0]  # the MTP layers' rows are shorter
-            mask = token_mask[:, :length].to(router_logits.device)
-            weight = None if sequence_weight is None else sequence_weight.to(router_logits.device)
-            losses.append(balance_loss(config, router_logits, topk_index, mask, weight))
+        losses = [balance_loss(config, layer, labels.shape[0], sequence_weight) for layer in routing]
         return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
 
 

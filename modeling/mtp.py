@@ -17,8 +17,9 @@ So depth k has T-1-k positions, of which the last has no target yet: that one dr
 """
 
 import torch
-from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 from torch import nn
+
+from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 
 from .decoder import DecoderLayer, DecoderLayerOutput
 
@@ -53,13 +54,35 @@ class MultiTokenPredictionLayer(DecoderLayer):
         return output._replace(hidden_states=self.shared_head(output.hidden_states))
 
 
+def within_document(
+    reach: int, token_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> torch.Tensor | None:
+    """[B or 1, T-reach], True where the tokens i … i+reach are all real and of one document; `None` where nothing tells
+    padding or documents apart. A packed row's documents begin where `position_ids` do not go on counting.
+
+    Args:
+        token_mask: [B, T], True for real tokens.
+        position_ids: [B, T] or [1, T].
+    """
+    if token_mask is None and position_ids is None:
+        return None
+    breaks = torch.tensor(False)  # [B or 1, T-1]: whether token i+1 does not continue token i
+    if token_mask is not None:
+        breaks = token_mask[:, 1:] != token_mask[:, :-1]
+    if position_ids is not None:
+        breaks = breaks.to(position_ids.device) | (position_ids.diff(dim=-1) != 1)
+    document = breaks.cumsum(dim=-1)
+    document = nn.functional.pad(document, (1, 0))
+    within = document[:, :-reach] == document[:, reach:]
+    return within if token_mask is None else within & token_mask[:, reach:].to(within.device)
+
+
 def mtp_labels(
     labels: torch.Tensor, depth: int, token_mask: torch.Tensor | None, position_ids: torch.Tensor | None
 ) -> torch.Tensor:
     """Targets of depth k: [B, T-1-k], entry i holding label i+k+2, or -100 where there is nothing to learn.
 
-    That is at the end of the row, on padding, and wherever the tokens i … i+k+2 do not all belong to one document: a
-    packed row's documents begin where `position_ids` do not go on counting.
+    That is at the end of the row, on padding, and wherever the tokens i … i+k+2 do not all belong to one document.
 
     Args:
         labels: [B, T], -100 where ignored.
@@ -67,15 +90,8 @@ def mtp_labels(
         position_ids: [B, T] or [1, T].
     """
     reach = depth + 2
-    targets = nn.functional.pad(labels[:, reach:], (0, 1), value=-100)
-    learnable = torch.ones_like(labels, dtype=torch.bool)
-    if token_mask is not None:
-        learnable &= token_mask.to(labels.device)
-    if position_ids is not None:
-        document = (position_ids.diff(dim=-1) != 1).cumsum(dim=-1).to(labels.device)
-        document = nn.functional.pad(document, (1, 0)).expand_as(labels)
-        same_document = document[:, :-reach] == document[:, reach:]
-    else:
-        same_document = torch.ones_like(labels[:, reach:], dtype=torch.bool)
-    spanned = learnable.unfold(1, reach + 1, 1).all(dim=-1) & same_document  # [B, T-reach]
-    return targets.masked_fill(~nn.functional.pad(spanned, (0, 1)), -100)
+    targets = labels[:, reach:]
+    within = within_document(reach, token_mask, position_ids)
+    if within is not None:
+        targets = targets.masked_fill(~within.to(labels.device), -100)
+    return nn.functional.pad(targets, (0, 1), value=-100)

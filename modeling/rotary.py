@@ -12,9 +12,10 @@ The families lay the rotated dimensions out differently. A rotation by angle θ 
 import math
 
 import torch
-from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+
+from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 
 
 class RotaryEmbedding(nn.Module):

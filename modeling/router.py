@@ -15,8 +15,9 @@ All scores are float32, whatever the model's dtype: near-ties would otherwise be
 
 import torch
 import torch.nn.functional as F
-from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 from torch import nn
+
+from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 
 
 def routing_scores(router_logits: torch.Tensor, scoring_func: str) -> torch.Tensor:
@@ -97,5 +98,7 @@ class Router(nn.Module):
 
         `load` [E] counts tokens an expert; `speed` is γ, in units of the score (0.001 in DeepSeek-V3).
         """
-        load = load.to(self.e_score_correction_bias.device, torch.float32)
-        self.e_score_correction_bias += speed * torch.sign(load.mean() - load)
+        bias = self.e_score_correction_bias
+        load = load.to(bias.device, torch.float32)
+        # `model.bfloat16()` casts the bias too, and would lose steps this small: it goes on in float32.
+        bias.data = bias.float() + speed * torch.sign(load.mean() - load)

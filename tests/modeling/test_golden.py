@@ -7,11 +7,12 @@ room for another order of summation, and is far below what any mistake in the fo
 import json
 from pathlib import Path
 
-import deepseek_hf.modeling  # noqa: F401  (registers the model types)
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache
+
+import deepseek_hf.modeling  # noqa: F401  (registers the model types)
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 TOLERANCE = {"atol": 5e-5, "rtol": 0}
