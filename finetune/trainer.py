@@ -1,0 +1,58 @@
+"""transformers' Trainer for DeepSeek models: it logs what the loss is made of and restores all the experts."""
+
+import torch
+from peft import PeftModel
+from transformers import Trainer
+
+
+class DeepseekTrainer(Trainer):
+    """A Trainer that logs the averages of `mtp_loss` and `aux_loss` (as the model returns them, so `mtp_loss` is
+    not yet weighted by `mtp_loss_weight`) beside `loss`, and that restores checkpoints by `from_pretrained`.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._parts: dict[str, torch.Tensor] = {}  # sums over the micro-batches since the last log
+        self._parts_begin = 0  # the step of that log
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            if not self._parts:
+                self._parts_begin = self.state.global_step
+            # As the Trainer does with the loss: a rank's share of the sum over all ranks, times their number.
+            scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            for name in ("mtp_loss", "aux_loss"):
+                if (part := outputs.get(name)) is not None:
+                    self._parts[name] = self._parts.get(name, 0) + scale * part.detach()
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            steps = self.state.global_step - self._parts_begin
+            for name, total in self._parts.items():
+                logs[name] = self.accelerator.gather(total).mean().item() / steps
+            self._parts.clear()
+        super().log(logs, start_time)
+
+    # Trainer hands a checkpoint's tensors to `load_state_dict` as they are on disk, one an expert, and goes on with
+    # the stacked ones unrestored (huggingface/transformers#48805). Adapters are not affected.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self._restores_by_itself():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_pretrained(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        if self._restores_by_itself():
+            super()._load_best_model()
+        else:
+            self._load_pretrained(self.state.best_model_checkpoint)
+
+    def _restores_by_itself(self) -> bool:
+        return isinstance(self.model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _load_pretrained(self, checkpoint: str) -> None:
+        saved = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict())
