@@ -53,14 +53,23 @@ class RoutedExperts(nn.Module):
 
         An index of E marks a choice that another rank serves (expert parallelism).
         """
+        # Sorted by expert, the choices of each are neighbours, and those of other ranks come last.
+        order = top_k_index.flatten().argsort(stable=True)
+        counts = torch.bincount(top_k_index.flatten(), minlength=self.num_experts).tolist()[: self.num_experts]
+        order = order[: sum(counts)]
+        token = order // top_k_index.shape[1]
+        outputs = []
+        # `unbind`, as the gradient of picking experts one by one would fill a whole weight tensor for each.
+        experts = zip(
+            hidden_states[token].split(counts), self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True
+        )
+        for states, gate_up, down in experts:
+            if len(states):
+                gate, up = F.linear(states, gate_up).chunk(2, dim=-1)
+                outputs.append(F.linear(self.act_fn(gate) * up, down))
         output = torch.zeros_like(hidden_states)
-        for expert in torch.unique(top_k_index).tolist():
-            if expert == self.num_experts:
-                continue
-            token, choice = torch.where(top_k_index == expert)
-            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
-            weighted = expert_output * top_k_weights[token, choice, None]
+        if outputs:
+            weighted = torch.cat(outputs) * top_k_weights.flatten()[order].unsqueeze(-1)
             output.index_add_(0, token, weighted.to(output.dtype))
         return output
 
