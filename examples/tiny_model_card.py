@@ -8,9 +8,11 @@ from matplotlib.figure import Figure
 from tiny_held_out import ExpertLoads, measure
 
 PROMPTS = (
-    "def read_json(path):\n",
-    'class Stack:\n    """A last-in first-out stack."""\n\n    def __init__(self):\n',
-    "import os\nimport sys\n",
+    # They end where a word can begin: a line break and the indentation after it are one token.
+    "def __init__(self, name, value):\n        ",
+    'class Stack:\n    """A last-in first-out stack."""\n\n    def __init__(self):\n        ',
+    "def read_json(path):\n    ",
+    "for key, value in",
 )
 
 CARD = """\
@@ -52,7 +54,7 @@ across documents; the model has seen no longer context, whatever `max_position_e
 
 {steps} steps of {rows} rows, {tokens:.1f}M tokens ({epochs:.1f} epochs), in {minutes:.0f} minutes; AdamW, peak
 learning rate {learning_rate:g}, router bias speed {bias_speed:g}, MTP loss weight {mtp_weight:g}. Made by
-`python examples/pretrain_tiny.py`.
+`python examples/pretrain_tiny.py --output_dir <folder> --max_minutes {minutes:.0f}`.
 
 ![Training and held-out loss](loss_curve.png)
 
