@@ -15,7 +15,13 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .validation import check_mixture_of_experts, check_multi_token_prediction, check_rotary_width
+from .validation import (
+    check_attention_heads,
+    check_mixture_of_experts,
+    check_multi_token_prediction,
+    check_rotary,
+    check_sizes,
+)
 
 # Tensor-parallel plans, in transformers' vocabulary of styles. The mixture of experts is split alike in all families.
 _MLP_TP_PLAN = {
@@ -59,7 +65,7 @@ class DeepseekConfigBase(PreTrainedConfig):
     - `expert_capacity_factor`: token dropping in training, DeepSeek-V2 §2.1.4; `None` drops nothing.
     """
 
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "mtp_loss"]  # not the Trainer's predictions
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -142,7 +148,8 @@ class DeepseekConfigBase(PreTrainedConfig):
     def validate_architecture(self):
         """Run on construction, and again when a model is built from the configuration."""
         super().validate_architecture()
-        check_rotary_width(self)
+        check_sizes(self)
+        check_rotary(self)
         check_mixture_of_experts(self)
         check_multi_token_prediction(self)
 
@@ -157,9 +164,14 @@ class DeepseekConfig(DeepseekConfigBase):
     head_dim: int | None = None
 
     def __post_init__(self, **kwargs):
+        check_attention_heads(self)  # before a width is made of them
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        check_attention_heads(self)
 
 
 @strict

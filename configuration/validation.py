@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .configuration_deepseek import DeepseekConfigBase
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+if TYPE_CHECKING:
+    from .configuration_deepseek import DeepseekConfig, DeepseekConfigBase
+
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "v_head_dim",
+)
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 SCORING_FUNCTIONS = ("softmax", "sigmoid")
 
@@ -16,18 +33,46 @@ def _require(condition: bool, field: str, value: object, accepted: str) -> None:
         raise ValueError(f"`{field}` is {value!r}; accepted: {accepted}.")
 
 
-def check_rotary_width(config: DeepseekConfigBase) -> None:
-    """RoPE turns pairs of dimensions, so the rotated width must be even."""
-    field = "qk_rope_head_dim" if hasattr(config, "qk_rope_head_dim") else "head_dim"
-    width = getattr(config, field)
-    _require(width > 0 and width % 2 == 0, field, width, "a positive even number (RoPE rotates pairs)")
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def check_sizes(config: DeepseekConfigBase) -> None:
+    """Every width and count that a layer is built from."""
+    for field in SIZES:
+        size = getattr(config, field, None)  # no family has all; `None` leaves a layer out where its field allows it
+        _require(size is None or size >= 1, field, size, "an integer of at least 1")
+    _require(
+        config.hidden_act in ACT2FN, "hidden_act", config.hidden_act, f"an activation of transformers: {_names(ACT2FN)}"
+    )
+
+
+def check_attention_heads(config: DeepseekConfig) -> None:
+    """V1's attention splits `hidden_size` over heads, and shares each key-value head among as many queries."""
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     _require(
-        groups > 0 and heads % groups == 0,
+        config.head_dim is not None or (heads >= 1 and config.hidden_size % heads == 0),
+        "num_attention_heads",
+        heads,
+        f"a divisor of `hidden_size` ({config.hidden_size}), or any number with `head_dim` set",
+    )
+    _require(
+        groups is None or (groups >= 1 and heads % groups == 0),
         "num_key_value_heads",
         groups,
         f"a divisor of `num_attention_heads` ({heads})",
     )
+
+
+def check_rotary(config: DeepseekConfigBase) -> None:
+    """RoPE turns pairs of dimensions, so the rotated width must be even; transformers reads it as `head_dim`."""
+    field = "qk_rope_head_dim" if hasattr(config, "qk_rope_head_dim") else "head_dim"
+    width = getattr(config, field)
+    _require(width > 0 and width % 2 == 0, field, width, "a positive even number (RoPE rotates pairs)")
+    _require(config.head_dim == width, "head_dim", config.head_dim, f"{width}, the rotated width `{field}`, or nothing")
+    rope_types = ("default", *ROPE_INIT_FUNCTIONS)
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    _require(rope_type in rope_types, "rope_parameters['rope_type']", rope_type, f"one of {_names(rope_types)}")
 
 
 def check_mixture_of_experts(config: DeepseekConfigBase) -> None:
@@ -43,14 +88,16 @@ def check_mixture_of_experts(config: DeepseekConfigBase) -> None:
         config.topk_method in TOPK_METHODS,
         "topk_method",
         config.topk_method,
-        "one of " + ", ".join(TOPK_METHODS),
+        f"one of {_names(TOPK_METHODS)}",
     )
     _require(
         config.scoring_func in SCORING_FUNCTIONS,
         "scoring_func",
         config.scoring_func,
-        "one of " + ", ".join(SCORING_FUNCTIONS),
+        f"one of {_names(SCORING_FUNCTIONS)}",
     )
+    for field in ("aux_loss_alpha", "device_aux_loss_alpha", "comm_aux_loss_alpha"):
+        _require(getattr(config, field) >= 0, field, getattr(config, field), "a number of at least 0")
     factor = config.expert_capacity_factor
     _require(
         factor is None or factor > 0,

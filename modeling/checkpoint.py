@@ -4,31 +4,34 @@ On disk every expert has three tensors of its own, `mlp.experts.<i>.{gate,up,dow
 experts of a layer are two, `mlp.experts.gate_up_proj` [E, 2I, H] and `mlp.experts.down_proj` [E, H, I]. MTP layers are
 `model.layers.<num_hidden_layers + k>` in both.
 
-transformers warns of missing and unexpected tensors and goes on with random weights. Here a language model whose
-checkpoint does not fit is an error that names the tensors.
+transformers warns of missing and unexpected tensors and goes on with random weights. Here a checkpoint that does not
+fit is an error that names the tensors as the checkpoint does, raised from the headers of its files before any weight
+is read.
 """
 
 import copy
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.integrations.peft import maybe_load_adapters
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
-from .fp8 import METHOD
+from . import fp8
 
 logger = logging.get_logger(__name__)
 
-# Arguments of `from_pretrained` that find the files; the configuration needs them as the weights do.
+# Arguments of `from_pretrained` that find the files; configuration, weights and adapter are found alike.
 _HUB_ARGUMENTS = (
     "cache_dir",
     "force_download",
@@ -38,15 +41,21 @@ _HUB_ARGUMENTS = (
     "subfolder",
     "token",
 )
-# Embedding and output head of an MTP layer: copies of the main model's in the official files, shared here.
-_MTP_COPIES = {"embed_tokens": "get_input_embeddings", "shared_head.head": "get_output_embeddings"}
-_MTP_COPY = re.compile(r"layers\.\d+\.(embed_tokens|shared_head\.head)\.weight$")
+# Arguments of `from_pretrained` that share a name with a field of the configuration and yet are not meant for it.
+_NOT_FOR_THE_CONFIG = ("dtype", "torch_dtype", "quantization_config", "distributed_config", "fusion_config")
+# With these, transformers reads other files than a checkpoint's plain safetensors.
+_OTHER_FILES = ("gguf_file", "variant", "key_mapping")
+# An MTP layer's copies of the main model's embedding and output head in the official files; here they are shared.
+_MTP_COPY = re.compile(r"(?:^|\.)layers\.\d+\.(embed_tokens|shared_head\.head)\.weight$")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_HEAD = re.compile(r"^(lm_head|score)\.")
+_ROWS_AT_A_TIME = 4096  # when two large tensors are compared
 _SHOWN = 8  # tensor names in an error message
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that does not fit the model; the message names the tensors."""
+class CheckpointError(RuntimeError):
+    """A checkpoint that does not fit the model; the message names the tensors. (A `RuntimeError`, as transformers
+    raises for tensors of another shape.)"""
 
 
 def register_checkpoint_layout(model_type: str) -> None:
@@ -55,25 +64,32 @@ def register_checkpoint_layout(model_type: str) -> None:
     register_checkpoint_conversion_mapping(model_type, get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True)
 
 
-def official_tensors(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name → shape of the tensors of `model` in the official layout, one an expert and projection."""
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        shape = tuple(tensor.shape)
+class StoredTensor(NamedTuple):
+    """What a file's header says of a tensor: its shape, and its dtype as safetensors writes it ("F32", "F8_E4M3")."""
+
+    shape: tuple[int, ...]
+    dtype: str = ""
+
+
+def in_official_layout(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """`tensors` by name, the fused tensors of all experts replaced by one an expert and projection."""
+    official = {}
+    for name, (shape, dtype) in tensors.items():
         prefix, _, projection = name.rpartition(".")
         if projection == "gate_up_proj":
+            half = StoredTensor((shape[1] // 2, shape[2]), dtype)
             for expert in range(shape[0]):
-                for half in ("gate_proj", "up_proj"):
-                    tensors[f"{prefix}.{expert}.{half}.weight"] = (shape[1] // 2, shape[2])
-        elif prefix.endswith(".experts") and projection == "down_proj":
-            tensors |= {f"{prefix}.{expert}.down_proj.weight": shape[1:] for expert in range(shape[0])}
+                official[f"{prefix}.{expert}.gate_proj.weight"] = official[f"{prefix}.{expert}.up_proj.weight"] = half
+        elif projection == "down_proj":
+            for expert in range(shape[0]):
+                official[f"{prefix}.{expert}.down_proj.weight"] = StoredTensor(shape[1:], dtype)
         else:
-            tensors[name] = shape
-    return tensors
+            official[name] = StoredTensor(shape, dtype)
+    return official
 
 
 class CheckpointFiles:
-    """The safetensors files of a checkpoint, in a folder or in the Hub's cache.
+    """The headers of a checkpoint's safetensors files, in a folder or on the Hub; no file, no tensors.
 
     Raises `CheckpointError` where a file is missing, truncated or not safetensors.
     """
@@ -82,16 +98,32 @@ class CheckpointFiles:
         def find(file: str) -> str | None:
             return cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub_arguments)
 
+        self.name = name_or_path
+        self._file_of = {}  # tensor name → open file
+        self.tensors: dict[str, StoredTensor] = {}
+        for path in self._shards(find, hub_arguments):
+            file = self._open(path)
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                header = file.get_slice(name)
+                self.tensors[name] = StoredTensor(tuple(header.get_shape()), header.get_dtype())
+                self._file_of[name] = file
+
+    def _shards(self, find, hub_arguments: dict) -> list[str]:
+        """The paths of the weight files, downloaded where need be."""
+        if whole := find(SAFE_WEIGHTS_NAME):  # transformers prefers it too
+            return [whole]
         index = find(SAFE_WEIGHTS_INDEX_NAME)
-        if index is not None:
-            self.file_of = json.loads(Path(index).read_text())["weight_map"]
-            self.paths = {file: find(file) for file in sorted(set(self.file_of.values()))}
-            if absent := [file for file, path in self.paths.items() if path is None]:
-                raise CheckpointError(f"{name_or_path} lacks {_listed(absent)}, which its index names.")
-        else:
-            path = find(SAFE_WEIGHTS_NAME)
-            self.paths = {} if path is None else {SAFE_WEIGHTS_NAME: path}
-            self.file_of = {name: SAFE_WEIGHTS_NAME for path in self.paths.values() for name in self._open(path).keys()}  # noqa: SIM118 (not a dict)
+        if index is None:
+            return []
+        try:
+            paths, _ = get_checkpoint_shard_files(self.name, index, **hub_arguments)
+        except (json.JSONDecodeError, KeyError) as error:
+            raise CheckpointError(
+                f"{index} is not an index of safetensors files ({error!r}); accepted: the complete file."
+            ) from error
+        if absent := [Path(path).name for path in paths if not Path(path).is_file()]:
+            raise CheckpointError(f"{self.name} lacks {_listed(absent)}, which its index names.")
+        return paths
 
     @staticmethod
     def _open(path: str):
@@ -103,17 +135,15 @@ class CheckpointFiles:
                 "downloaded again."
             ) from error
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of every tensor, read from the files' headers."""
-        return {
-            name: tuple(file.get_slice(name).get_shape())
-            for file in map(self._open, self.paths.values())
-            for name in file.keys()  # noqa: SIM118 (not a dict)
-        }
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU."""
-        return self._open(self.paths[self.file_of[name]]).get_tensor(name)
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two stored tensors hold the same numbers; read piece by piece, as embeddings take gigabytes."""
+        if self.tensors[one].shape != self.tensors[other].shape:
+            return False
+        first, second = self._file_of[one].get_slice(one), self._file_of[other].get_slice(other)
+        return all(
+            torch.equal(first[row : row + _ROWS_AT_A_TIME].float(), second[row : row + _ROWS_AT_A_TIME].float())
+            for row in range(0, self.tensors[one].shape[0], _ROWS_AT_A_TIME)
+        )
 
 
 class CheckpointMixin:
@@ -133,143 +163,155 @@ class CheckpointMixin:
     ):
         """As `PreTrainedModel.from_pretrained`, for checkpoints in the official layout, in FP8 too (dequantised).
 
-        Raises `CheckpointError` where tensors are missing, have another shape, sit in a truncated file, or belong to
-        nothing in the model. A backbone or classifier leaves a language model's head and MTP layers aside, and a
-        classifier's new head is initialised, as transformers does. Layers that the caller cuts off with
-        `num_hidden_layers` or `num_nextn_predict_layers` are left out with a warning that counts their tensors.
+        Raises `CheckpointError` where tensors are missing, have another shape, sit in a missing or truncated file, or
+        belong to nothing in the model; also where an MTP layer's copy of embedding or head differs from the main
+        model's. Not an error:
+
+        - layers that the caller cuts off with `num_hidden_layers` or `num_nextn_predict_layers`: left out with a
+          warning that counts their tensors;
+        - a backbone or classifier made from a language model: head and MTP layers are left aside, a classifier's new
+          head is initialised, as transformers does;
+        - other shapes with `ignore_mismatched_sizes=True`;
+        - whatever a caller who asks for `output_loading_info=True` finds reported there.
         """
-        cut_by_caller = bool({"num_hidden_layers", "num_nextn_predict_layers"} & kwargs.keys())
-        hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-        if not isinstance(config, PreTrainedConfig) and pretrained_model_name_or_path is not None:
-            is_adapter = find_adapter_config_file(pretrained_model_name_or_path, **hub_arguments) is not None
-            if config is not None or not is_adapter:  # an adapter's base model is found by transformers
-                source = config if config is not None else pretrained_model_name_or_path
+        if pretrained_model_name_or_path is not None:
+            hub_arguments = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            # An adapter's folder names its base model, which transformers loads first.
+            adapter_arguments = kwargs.get("adapter_kwargs") or {}
+            _, base, _ = maybe_load_adapters(pretrained_model_name_or_path, hub_arguments, **adapter_arguments)
+            if not isinstance(config, PreTrainedConfig):
+                held_back = {name: kwargs.pop(name) for name in _NOT_FOR_THE_CONFIG if name in kwargs}
+                source = base if config is None else config
                 config, kwargs = cls.config_class.from_pretrained(source, return_unused_kwargs=True, **kwargs)
-                kwargs |= hub_arguments
-        if isinstance(config, PreTrainedConfig):
-            config = _dequantizing(config)
-
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path,
-                *model_args,
-                config=config,
-                ignore_mismatched_sizes=True,  # reported below, by name
-                output_loading_info=True,
-                **kwargs,
-            )
-        except (RuntimeError, SafetensorError) as error:
-            if isinstance(config, PreTrainedConfig) and kwargs.get("state_dict") is None:
-                with torch.device("meta"):
-                    model = cls(config, *model_args)
-                _compare_with_files(model, pretrained_model_name_or_path, hub_arguments, cut_by_caller)
-            raise error
-
-        misfits = _unaccounted(model, info, cut_by_caller)
-        if ignore_mismatched_sizes:
-            misfits["of another shape"] = []
-        if any(misfits.values()):
-            if kwargs.get("state_dict") is None:
-                _compare_with_files(model, pretrained_model_name_or_path, hub_arguments, cut_by_caller)
-            _refuse(model, pretrained_model_name_or_path, misfits)
-        if (
-            getattr(model.config, "num_nextn_predict_layers", 0)
-            and model.can_generate()
-            and not kwargs.get("state_dict")
-        ):
-            _check_mtp_copies(model, pretrained_model_name_or_path, hub_arguments)
-        return (model, info) if output_loading_info else model
+                kwargs |= held_back | hub_arguments
+            if fp8.is_fp8(config):
+                config = fp8.dequantizing(config, kwargs.pop("quantization_config", None))
+            reads_safetensors = kwargs.get("use_safetensors") is not False
+            if reads_safetensors and not output_loading_info and not any(kwargs.get(name) for name in _OTHER_FILES):
+                _check_files(cls, config, model_args, base, hub_arguments, ignore_mismatched_sizes)
+                kwargs["force_download"] = False  # the check has downloaded the files
+        return super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            config=config,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            output_loading_info=output_loading_info,
+            **kwargs,
+        )
 
 
-def _dequantizing(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration with an FP8 `quantization_config` that names our reader; others are left as they are."""
-    quantization = getattr(config, "quantization_config", None)
-    if isinstance(quantization, dict) and quantization.get("quant_method") == "fp8":
-        config = copy.deepcopy(config)
-        config.quantization_config = quantization | {"quant_method": METHOD}
-    return config
+def _check_files(
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    model_args: tuple,
+    name_or_path: str,
+    hub_arguments: dict,
+    ignore_mismatched_sizes: bool,
+) -> None:
+    """Raises a `CheckpointError` if the safetensors files of a checkpoint do not hold what `cls` needs."""
+    quantization = getattr(config, "quantization_config", None) or {}
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    if method not in (None, fp8.METHOD):
+        return  # stored in a form of another quantiser's own
+    files = CheckpointFiles(name_or_path, hub_arguments)
+    if not files.tensors:
+        return
 
+    with torch.device("meta"):
+        model = cls(copy.deepcopy(config), *model_args)
+    found = in_official_layout(files.tensors)
+    wanted = _wanted_tensors(model, found)
+    in_fp8 = [name for name in wanted.keys() & found.keys() if found[name].dtype.startswith("F8_")]
+    if in_fp8 and method is None:
+        raise CheckpointError(
+            f"{name_or_path} holds FP8 tensors ({_listed(in_fp8)}) and its configuration no `quantization_config`; "
+            'accepted: `{"quant_method": "fp8", "weight_block_size": [rows, columns], ...}`.'
+        )
+    for name in in_fp8:
+        scale = fp8.scale_shape(found[name].shape, fp8.block_size(quantization))
+        wanted[f"{name}_scale_inv"] = StoredTensor(scale)
 
-def _unaccounted(model: PreTrainedModel, info: dict, cut_by_caller: bool) -> dict[str, list[str]]:
-    """What transformers' loading report holds against the checkpoint, less what is meant to be so."""
-    unexpected = [name for name in info["unexpected_keys"] if not _left_aside(model, name)]
-    left_out = [name for name in unexpected if _is_beyond_the_layers(model, name)]
-    if cut_by_caller or model.config.num_nextn_predict_layers == 0:
-        if left_out:
-            logger.warning(
-                f"{len(left_out)} tensors of layers past the last of this model are left out: {_listed(left_out)}."
-            )
-        unexpected = [name for name in unexpected if name not in left_out]
-    return {
-        "missing": [name for name in info["missing_keys"] if not name.startswith("score.")],
-        "of another shape": [
-            f"{name} ({list(found)}, the model has {list(wanted)})" for name, found, wanted in info["mismatched_keys"]
-        ],
-        "belonging to nothing": unexpected,
-    }
-
-
-def _left_aside(model: PreTrainedModel, name: str) -> bool:
-    """Whether a backbone or classifier passes over a language model's tensor: its head and its MTP layers."""
-    if model.can_generate():
-        return False
-    return name.startswith("lm_head.") or _is_beyond_the_layers(model, name)
-
-
-def _is_beyond_the_layers(model: PreTrainedModel, name: str) -> bool:
-    layer = _LAYER.search(name)
-    return layer is not None and int(layer.group(1)) >= len(model.get_decoder().layers)
-
-
-def _compare_with_files(model: PreTrainedModel, name_or_path: str, hub_arguments: dict, cut_by_caller: bool) -> None:
-    """Raises a `CheckpointError` in the names that the checkpoint uses, if its files differ from the model's layout."""
-    found = CheckpointFiles(name_or_path, hub_arguments).shapes()
-    wanted = official_tensors(model)
-    prefix = f"{model.base_model_prefix}."
-    if any(name.startswith(prefix) for name in found) and not any(name.startswith(prefix) for name in wanted):
-        wanted = {prefix + name: shape for name, shape in wanted.items()}  # a backbone reads a language model
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    extra = {
-        name for name in found.keys() - wanted.keys() if not name.endswith("_scale_inv") and not _MTP_COPY.search(name)
-    }
-    info = {
-        "missing_keys": sorted(wanted.keys() - found.keys() - tied),
-        "unexpected_keys": sorted(extra),
-        "mismatched_keys": [
-            (name, found[name], wanted[name])
-            for name in sorted(found.keys() & wanted.keys())
-            if found[name] != wanted[name]
-        ],
-    }
-    misfits = _unaccounted(model, info, cut_by_caller)
-    if any(misfits.values()):
-        _refuse(model, name_or_path, misfits)
-
-
-def _refuse(model: PreTrainedModel, name_or_path: str, misfits: dict[str, list[str]]) -> None:
-    problems = "; ".join(f"{len(names)} {kind}: {_listed(names)}" for kind, names in misfits.items() if names)
-    message = f"The checkpoint {name_or_path} does not fit {type(model).__name__}. Tensors {problems}."
-    depth = model.config.num_nextn_predict_layers
-    if depth and any(_layer_index(name) >= model.config.num_hidden_layers for name in misfits["missing"]):
+    tied = model.all_tied_weights_keys.keys()
+    missing = [name for name in wanted.keys() - found.keys() - tied if model.can_generate() or not _HEAD.match(name)]
+    extra = _extra_tensors(model, files, found.keys() - wanted.keys(), hub_arguments)
+    mismatched = [
+        f"{name} ({list(found[name].shape)}, the model has {list(wanted[name].shape)})"
+        for name in found.keys() & wanted.keys()
+        if found[name].shape != wanted[name].shape and not ignore_mismatched_sizes
+    ]
+    problems = [
+        f"{len(names)} {what}: {_listed(names)}"
+        for what, names in (("missing", missing), ("of another shape", mismatched), ("belonging to nothing", extra))
+        if names
+    ]
+    if not problems:
+        return
+    message = f"The checkpoint {name_or_path} does not fit {cls.__name__}. Tensors {'; '.join(problems)}."
+    depth, first = config.num_nextn_predict_layers, config.num_hidden_layers
+    if any(_layer_index(name) >= first for name in missing):
         message += (
-            f" The config announces MTP layers (`num_nextn_predict_layers` is {depth}) that the checkpoint lacks; "
-            "accepted: a checkpoint that holds them, or `num_nextn_predict_layers=0` to load the model without."
+            f" The configuration announces MTP layers (`num_nextn_predict_layers` is {depth}), which the checkpoint "
+            f"lacks at `model.layers.{first}`; accepted: a checkpoint that holds them, or "
+            "`num_nextn_predict_layers=0` to load the model without."
         )
     raise CheckpointError(message)
 
 
-def _check_mtp_copies(model: PreTrainedModel, name_or_path: str, hub_arguments: dict) -> None:
+def _wanted_tensors(model: PreTrainedModel, found: Iterable[str]) -> dict[str, StoredTensor]:
+    """What `model` needs, by the names of the checkpoint: a language model's begin with `model.`, a backbone's not."""
+    wanted = in_official_layout({name: StoredTensor(tuple(t.shape)) for name, t in model.state_dict().items()})
+    prefix = f"{model.base_model_prefix}."
+    prefixed = any(name.startswith(prefix) for name in wanted)
+    if any(name.startswith(prefix) for name in found) == prefixed:
+        return wanted
+    return {name.removeprefix(prefix) if prefixed else prefix + name: tensor for name, tensor in wanted.items()}
+
+
+def _extra_tensors(
+    model: PreTrainedModel, files: CheckpointFiles, unwanted: Iterable[str], hub_arguments: dict
+) -> list[str]:
+    """Which of the `unwanted` tensors the checkpoint should not hold. Layers left out on purpose are counted in a
+    warning, MTP layers' copies of embedding and head are compared with the main model's."""
+    config, num_layers = model.config, len(model.get_decoder().layers)
+    extra, left_out = [], []
+    for name in unwanted:
+        layer = _layer_index(name)
+        if layer >= num_layers:
+            left_out.append(name)
+        elif layer >= config.num_hidden_layers and _MTP_COPY.search(name):
+            _check_mtp_copy(files, name, config.tie_word_embeddings)
+        elif not name.endswith("rotary_emb.inv_freq") and (model.can_generate() or not _HEAD.match(name)):
+            extra.append(name)
+    if not left_out:
+        return extra
+    stored = _stored_config(files.name, hub_arguments)
+    announced = stored.get("num_hidden_layers", 0) + (stored.get("num_nextn_predict_layers") or 0)
+    if model.can_generate() and config.num_nextn_predict_layers and announced <= num_layers:
+        return extra + left_out
+    logger.warning(
+        f"{len(left_out)} tensors of layers past the last of this model ({num_layers - 1}) are left out: "
+        f"{_listed(left_out)}."
+    )
+    return extra
+
+
+def _stored_config(name_or_path: str, hub_arguments: dict) -> dict:
+    """The checkpoint's own `config.json`; empty where it has none."""
+    try:
+        return PreTrainedConfig.get_config_dict(name_or_path, **hub_arguments)[0]
+    except OSError:
+        return {}
+
+
+def _check_mtp_copy(files: CheckpointFiles, name: str, tied: bool) -> None:
     """The official files repeat embedding and head in each MTP layer. A copy that differs would be lost here."""
-    files = CheckpointFiles(name_or_path, hub_arguments)
-    for name in files.file_of:
-        if copy_of := _MTP_COPY.search(name):
-            shared = getattr(model, _MTP_COPIES[copy_of.group(1)])().weight
-            stored = files.read(name)
-            if shared.device.type != "meta" and not torch.equal(stored.to(shared.device, shared.dtype), shared):
-                raise CheckpointError(
-                    f"{name} of {name_or_path} differs from the main model's; accepted: MTP layers that share "
-                    "embedding and output head with the main model (DeepSeek-V3 §2.2)."
-                )
+    is_head = "shared_head" in name and not (tied and "lm_head.weight" not in files.tensors)
+    original = "lm_head.weight" if is_head else "model.embed_tokens.weight"
+    if original in files.tensors and not files.equal(name, original):
+        raise CheckpointError(
+            f"{name} of {files.name} differs from {original}; accepted: MTP layers that share embedding and output "
+            "head with the main model (DeepSeek-V3 §2.2)."
+        )
 
 
 def _layer_index(name: str) -> int:
@@ -277,7 +319,7 @@ def _layer_index(name: str) -> int:
     return int(layer.group(1)) if layer else -1
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: Iterable[str]) -> str:
     names = sorted(names)
     rest = f", … ({len(names) - _SHOWN} more)" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + rest
