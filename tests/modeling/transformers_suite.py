@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import types
 import warnings
 from pathlib import Path
@@ -32,7 +33,7 @@ from filelock import FileLock
 PACKAGE = "transformers_tests"
 CACHE_VARIABLE = "DEEPSEEK_HF_TRANSFORMERS_SDIST"
 DEFAULT_CACHE = Path(__file__).resolve().parents[2] / ".cache" / "transformers-sdist"
-RANK_TIMEOUT_SECONDS = 300
+RANK_TIMEOUT_SECONDS = 120
 
 
 class SuiteUnavailable(RuntimeError):
@@ -128,8 +129,7 @@ def start_ranks(function, args: tuple, nprocs: int) -> None:
     payload = pickle.dumps((function, args))
     calls = [_process_of_rank(rank).apply_async(_call_as_rank, (rank, nprocs, payload)) for rank in range(nprocs)]
     try:
-        for call in calls:
-            call.get(RANK_TIMEOUT_SECONDS)
+        _wait(calls)
     except BaseException:
         # The other ranks may wait for the failed one in a collective for ever: end them all, the next test starts anew.
         for rank in range(nprocs):
@@ -138,19 +138,36 @@ def start_ranks(function, args: tuple, nprocs: int) -> None:
         raise
 
 
+def _wait(calls: list[multiprocessing.pool.AsyncResult]) -> None:
+    """Until all have returned, or one of them has failed, whichever that is, or the time is over."""
+    deadline = time.monotonic() + RANK_TIMEOUT_SECONDS
+    while calls:
+        for call in calls:
+            if call.ready():
+                call.get()
+        calls = [call for call in calls if not call.ready()]
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{len(calls)} ranks did not return within {RANK_TIMEOUT_SECONDS} s")
+        if calls:
+            calls[0].wait(0.05)
+
+
 @functools.cache
 def _process_of_rank(rank: int) -> multiprocessing.pool.Pool:
     """One process a rank, kept from test to test: importing torch and transformers anew would take most of the time.
 
     It keeps its rank, too, since torch caches what it worked out for a rank's place in the device mesh.
     """
-    pool = multiprocessing.get_context("spawn").Pool(1, initializer=_prepare_rank)
+    imports = [name for name in ("deepseek_hf.modeling",) if name in sys.modules]  # they register with the Auto classes
+    pool = multiprocessing.get_context("spawn").Pool(1, _prepare_rank, (imports,))
     atexit.register(pool.terminate)
     return pool
 
 
-def _prepare_rank() -> None:
+def _prepare_rank(imports: list[str]) -> None:
     torch.set_num_threads(1)  # the ranks share one machine's cores
+    for module in imports:
+        importlib.import_module(module)
     import_suite("test_fsdp_mixin")
 
 
