@@ -194,6 +194,11 @@ class MultiHeadLatentAttentionConfig(DeepseekConfigBase):
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.head_dim = self.qk_rope_head_dim
         super().__post_init__(**kwargs)
+        if self.base_model_tp_plan is not None:  # queries come from `q_proj` or from its low-rank pair
+            absent = ".q_b_proj" if self.q_lora_rank is None else ".q_proj"
+            self.base_model_tp_plan = {
+                name: style for name, style in self.base_model_tp_plan.items() if not name.endswith(absent)
+            }
 
 
 @strict

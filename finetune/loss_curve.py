@@ -12,7 +12,7 @@ def save_loss_curve(log_history: list[dict[str, float]], path: str) -> None:
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for key, label, style in (("loss", "training (all terms)", "-"), ("eval_loss", "held out", "o-")):
+    for key, label, style in (("loss", "training (with MTP and balance losses)", "-"), ("eval_loss", "held out", "o-")):
         points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)

@@ -241,9 +241,8 @@ class MultiHeadLatentAttention(nn.Module):
                 scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
             else:
                 scores = scores + attention_mask
-        elif T > 1:  # no mask stands for a plain causal one
-            S = scores.shape[-1]
-            future = torch.ones(T, S, dtype=torch.bool, device=scores.device).triu(S - T + 1)
+        elif T > 1:  # no mask stands for a causal one from the first key on (a static cache has room beyond the last)
+            future = torch.ones(T, scores.shape[-1], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(q_nope.dtype)
         context = (weights.flatten(1, 2) @ latent).unflatten(1, (H, T))  # [B, H, T, C]

@@ -99,7 +99,7 @@ class DeepseekPreTrainedModel(CheckpointMixin, PreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers (read in 5.23) looks for the experts interface's decorator in this file; it is in experts.py.
+        # transformers (read in 5.23) looks for `@use_experts_implementation` in this file; it is in experts.py.
         return True
 
     @torch.no_grad()

@@ -37,9 +37,7 @@ def test_num_items_in_batch_makes_all_losses_shares_of_the_batch(family):
     rows = [random_ids(1, length, seed=length) for length in (12, 7, 4)]
     labels = [rows[0], rows[1], torch.full_like(rows[2], -100)]
     items = torch.tensor(11 + 6)
-    losses = [
-        model(row, labels=label, num_items_in_batch=items).loss for row, label in zip(rows, labels, strict=True)
-    ]
+    losses = [model(row, labels=label, num_items_in_batch=items).loss for row, label in zip(rows, labels, strict=True)]
     together = model(
         torch.cat([torch.nn.functional.pad(row, (0, 12 - row.shape[1])) for row in rows]),
         attention_mask=torch.stack([torch.arange(12) < row.shape[1] for row in rows]).long(),

@@ -1,5 +1,6 @@
 """Transformers' shared model tests on our three families: what its own `DeepseekV3ForCausalLM` passes, ours pass."""
 
+import os
 import unittest
 
 import pytest
@@ -21,6 +22,8 @@ from deepseek_hf.modeling import (
 try:
     from transformers_common_cases import FLOAT32_BIAS_TESTS, V1_SIZES, V2_SIZES, V3_SIZES, CommonModelCase
 except SuiteUnavailable as unavailable:
+    if "CI" in os.environ:  # there the package index is in reach, and a skip would hide that these tests are gone
+        raise
     pytest.skip(str(unavailable), allow_module_level=True)
 
 
