@@ -35,6 +35,15 @@ class RotaryEmbedding(nn.Module):
         self.inv_freq = nn.Buffer(inv_freq, persistent=False)
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        """Follows the model to another device, but not to another dtype: rounded frequencies are other frequencies."""
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():
+            if buffer.dtype != exact[name].dtype:
+                setattr(self, name, exact[name].to(buffer.device))
+        return self
+
     @staticmethod
     def compute_default_rope_parameters(config: DeepseekConfigBase) -> tuple[torch.Tensor, float]:
         """Plain RoPE's angular frequencies [R/2] in radians a token, and the scale on cos and sin, 1.

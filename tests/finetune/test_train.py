@@ -56,7 +56,8 @@ def run(*command: str) -> str:
 
 
 def launch(*arguments: str) -> str:
-    return run("accelerate", "launch", *arguments)
+    # The launcher of this interpreter's environment, which need not be the activated one.
+    return run(str(Path(sys.executable).with_name("accelerate")), "launch", *arguments)
 
 
 def logits(model) -> torch.Tensor:
