@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deepseek_hf.configuration.configuration_deepseek import DeepseekConfig, MultiHeadLatentAttentionConfig
 
+from .causal_mask import QueryBlockMasks, query_blocks
 from .rotary import apply_rotary, softmax_scale
 
 # The published code leaves the epsilon of the two latent norms at this value, whatever `rms_norm_eps` says.
@@ -54,6 +55,27 @@ def eager_attention(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | QueryBlockMasks | None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention by the kernel that the configuration names, through transformers' interface; a long mask is applied
+    block by block. Shapes as in `eager_attention`; the weights are `None` from kernels that do not keep them."""
+    kernel: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention)
+    kwargs |= {"scaling": module.scaling, "dropout": module.attention_dropout if module.training else 0.0}
+    if not isinstance(attention_mask, QueryBlockMasks):
+        return kernel(module, query, key, value, attention_mask, **kwargs)
+    outputs = []
+    for start, end, visible, mask in attention_mask.blocks(query.device):
+        block = (query[:, :, start:end], key[:, :, :visible], value[:, :, :visible])
+        outputs.append(kernel(module, *block, mask, **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
+
+
 class MultiHeadAttention(nn.Module):
     """V1's attention (deepseek-moe-16b): MHA, or GQA / MQA with fewer key-value heads; half-split RoPE."""
 
@@ -76,7 +98,7 @@ class MultiHeadAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | QueryBlockMasks | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -89,17 +111,7 @@ class MultiHeadAttention(nn.Module):
         key = apply_rotary(key, *position_embeddings, interleaved=False)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        output, weights = attend(self, query, key, value, attention_mask, **kwargs)
         return self.o_proj(output.flatten(2)), weights
 
 
@@ -143,7 +155,7 @@ class MultiHeadLatentAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | QueryBlockMasks | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -186,7 +198,7 @@ class MultiHeadLatentAttention(nn.Module):
         q_rope: torch.Tensor,
         latent: torch.Tensor,
         k_rope: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | QueryBlockMasks | None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Keys and values brought back from the latents (eq. 42, 44-46), through transformers' attention interface.
@@ -199,20 +211,9 @@ class MultiHeadLatentAttention(nn.Module):
         key = torch.cat([k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)], dim=-1)
         # Flash kernels want one width for keys and values, and torch's CPU SDPA leaves its flash kernel for one that
         # builds the whole score matrix when they differ. The added zeros are cut off again below.
-        implementation = self.config._attn_implementation
-        if implementation != "eager" and self.v_head_dim < self.qk_head_dim:
+        if self.config._attn_implementation != "eager" and self.v_head_dim < self.qk_head_dim:
             value = F.pad(value, (0, self.qk_head_dim - self.v_head_dim))
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        output, weights = attend(self, query, key, value, attention_mask, **kwargs)
         return output[..., : self.v_head_dim], weights
 
     def attend_absorbed(
@@ -221,32 +222,33 @@ class MultiHeadLatentAttention(nn.Module):
         q_rope: torch.Tensor,
         latent: torch.Tensor,
         k_rope: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        attention_mask: torch.Tensor | QueryBlockMasks | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """W_UK absorbed into the query and W_UV into the output; nothing is expanded (DeepSeek-V2 §2.1.2).
 
-        → `(output [B, T, H, V], weights [B, H, T, S])`.
+        → `(output [B, T, H, V], weights [B, H, T, S])`, the weights with "eager" attention only.
         """
         _, H, T, _ = q_nope.shape
         w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (H, -1)).split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         q_latent = q_nope @ w_uk  # [B, H, T, N] @ [H, N, C] → [B, H, T, C]
-        # All heads share the keys, so heads and queries together are the rows of one product.
         latent, k_rope = latent.squeeze(1), k_rope.squeeze(1)  # [B, S, C], [B, S, R]
-        scores = q_latent.flatten(1, 2) @ latent.transpose(1, 2)
-        scores = torch.baddbmm(scores, q_rope.flatten(1, 2), k_rope.transpose(1, 2))
-        scores = scores.mul(self.scaling).unflatten(1, (H, T))  # [B, H, T, S]
-        if attention_mask is not None:
-            attention_mask = attention_mask[..., : scores.shape[-1]]
-            if attention_mask.dtype == torch.bool:
-                scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-            else:
-                scores = scores + attention_mask
-        elif T > 1:  # no mask stands for a causal one from the first key on (a static cache has room beyond the last)
-            future = torch.ones(T, scores.shape[-1], dtype=torch.bool, device=scores.device).triu(1)
-            scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(q_nope.dtype)
-        context = (weights.flatten(1, 2) @ latent).unflatten(1, (H, T))  # [B, H, T, C]
-        return (context @ w_uv.transpose(1, 2)).transpose(1, 2), weights
+        contexts, weights = [], []
+        for start, end, visible, mask in query_blocks(attention_mask, T, latent.shape[1], latent.device):
+            # All heads share the keys, so heads and queries together are the rows of one product.
+            scores = q_latent[:, :, start:end].flatten(1, 2) @ latent[:, :visible].transpose(1, 2)
+            scores = torch.baddbmm(scores, q_rope[:, :, start:end].flatten(1, 2), k_rope[:, :visible].transpose(1, 2))
+            scores = scores.mul(self.scaling).unflatten(1, (H, -1))  # [B, H, T, S], of the block
+            if mask is not None and mask.dtype == torch.bool:
+                scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+            elif mask is not None:
+                scores = scores + mask
+            block_weights = scores.softmax(dim=-1, dtype=torch.float32).to(q_nope.dtype)
+            contexts.append((block_weights.flatten(1, 2) @ latent[:, :visible]).unflatten(1, (H, -1)))
+            if self.config._attn_implementation == "eager":  # the one that gives weights away
+                weights.append(F.pad(block_weights, (0, latent.shape[1] - visible)))
+        context = torch.cat(contexts, dim=2)  # [B, H, T, C]
+        output = (context @ w_uv.transpose(1, 2)).transpose(1, 2)
+        return output, torch.cat(weights, dim=2) if weights else None
 
     def absorbing_is_cheaper(self, num_queries: int, num_keys: int) -> bool:
         """Whether the absorbed form takes fewer multiplications for T queries on S keys (counted a head).

@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 
 from .attention import MultiHeadAttention, MultiHeadLatentAttention
+from .causal_mask import QueryBlockMasks
 from .experts import MLP, MixtureOfExperts
 
 
@@ -43,7 +44,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | QueryBlockMasks | None = None,
         token_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs,

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import ModelOutput, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -25,6 +24,7 @@ from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 
 from .attention import MultiHeadAttention, MultiHeadLatentAttention
 from .balance import Routing, balance_loss
+from .causal_mask import causal_mask
 from .checkpoint import CheckpointMixin
 from .decoder import DecoderLayer
 from .experts import RoutedExperts
@@ -220,16 +220,9 @@ class DeepseekModel(DeepseekPreTrainedModel):
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = (torch.arange(T, device=inputs_embeds.device) + past).unsqueeze(0)
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
         return position_ids, {
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
-            "attention_mask": causal_mask,
+            "attention_mask": causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids),
             "token_mask": padding_mask(attention_mask, T),
         }
 
