@@ -17,7 +17,7 @@ from machine import measure_machine
 from models import ALL_LAYERS
 from report import HEADER, Report, table_row
 from results import Result, Setup
-from rows import cache, decode, experts, lora, prefill
+from rows import cache, decode, expert_lora, experts, lora, prefill
 
 ROWS: dict[str, Callable[[Setup], Iterator[Result]]] = {
     "decode": decode.run_contexts,
@@ -25,6 +25,7 @@ ROWS: dict[str, Callable[[Setup], Iterator[Result]]] = {
     "prefill": prefill.run,
     "prefill-16k": prefill.run_long,
     "lora": lora.run,
+    "expert-lora": expert_lora.run,
     "experts": experts.run,
     "cache": cache.run,
 }

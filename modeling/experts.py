@@ -3,8 +3,9 @@
 Shapes: B batch, T tokens, N = B·T, H hidden, I expert's intermediate width, E routed experts, K experts a token.
 """
 
+import inspect
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
@@ -12,6 +13,7 @@ from transformers.integrations import use_experts_implementation
 from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 
 from .balance import drop_tokens_over_capacity
+from .expert_lora import ExpertLinear, LowRank, active_adapters, expert_linears
 from .router import Router
 
 
@@ -47,11 +49,16 @@ class RoutedExperts(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        adapters: dict[str, LowRank] | None = None,
     ) -> torch.Tensor:
         """`hidden_states` [N, H], `top_k_index` [N, K], `top_k_weights` [N, K] → [N, H].
 
-        An index of E marks a choice that another rank serves (expert parallelism).
+        An index of E marks a choice that another rank serves (expert parallelism). `adapters` are LoRA's, by the name
+        of the parameter; see `expert_lora.py`.
         """
         # Sorted by expert, the choices of each are neighbours, and those of other ranks come last.
         order = top_k_index.flatten().argsort(stable=True)
@@ -59,19 +66,20 @@ class RoutedExperts(nn.Module):
         order = order[: sum(counts)]
         token = order // top_k_index.shape[1]
         outputs = []
-        # `unbind`, as the gradient of picking experts one by one would fill a whole weight tensor for each.
-        experts = zip(
-            hidden_states[token].split(counts), self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True
-        )
-        for states, gate_up, down in experts:
+        gate_up_projs, down_projs = (self.projections(name, adapters or {}) for name in ("gate_up_proj", "down_proj"))
+        for states, gate_up, down in zip(hidden_states[token].split(counts), gate_up_projs, down_projs, strict=True):
             if len(states):
-                gate, up = F.linear(states, gate_up).chunk(2, dim=-1)
-                outputs.append(F.linear(self.act_fn(gate) * up, down))
+                gate, up = gate_up(states).chunk(2, dim=-1)
+                outputs.append(down(self.act_fn(gate) * up))
         output = torch.zeros_like(hidden_states)
         if outputs:
             weighted = torch.cat(outputs) * top_k_weights.flatten()[order].unsqueeze(-1)
             output.index_add_(0, token, weighted.to(output.dtype))
         return output
+
+    def projections(self, name: str, adapters: dict[str, LowRank]) -> list[ExpertLinear]:
+        """Every expert's `name`, "gate_up_proj" or "down_proj"."""
+        return expert_linears(getattr(self, name), adapters.get(name))
 
 
 class MixtureOfExperts(nn.Module):
@@ -95,7 +103,15 @@ class MixtureOfExperts(nn.Module):
         if self.training and self.config.expert_capacity_factor is not None:
             mask = None if token_mask is None else token_mask.flatten()
             topk_weight = drop_tokens_over_capacity(self.config, topk_weight, topk_index, mask)
-        output = self.experts(flat, topk_index, topk_weight).view_as(hidden_states)
+        output = self.pass_routed(flat, topk_index, topk_weight).view_as(hidden_states)
         if self.config.n_shared_experts:
             output = output + self.shared_experts(hidden_states)
         return output, router_logits, topk_index
+
+    def pass_routed(self, flat: torch.Tensor, topk_index: torch.Tensor, topk_weight: torch.Tensor) -> torch.Tensor:
+        """What the routed experts make of `flat` [N, H], [N, H]; LoRA on them is computed with its factors."""
+        adapters = active_adapters(self.experts)
+        if not adapters:
+            return self.experts(flat, topk_index, topk_weight)
+        plain_forward = inspect.unwrap(RoutedExperts.forward)  # the experts interface knows no adapters
+        return plain_forward(self.experts.get_base_layer(), flat, topk_index, topk_weight, adapters)

@@ -1,0 +1,84 @@
+"""LoRA on routed experts at the cost of its rank (Hu et al. 2021, arXiv 2106.09685).
+
+Shapes: E experts of one parameter, n tokens of one expert, R rank (of all active adapters together).
+
+PEFT adapts a bare parameter (`LoraConfig(target_parameters=["mlp.experts.gate_up_proj", ...])`) by a `ParamWrapper`
+around the module that holds it, one wrapper inside the other for several parameters. Called, they add the whole product
+B·A, as large as all experts' weights, to the parameter in every forward. Here they are asked for their factors only, and
+an expert computes W·x + B·(A·x). Whatever else a wrapper may be doing is left to PEFT.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class LowRank(NamedTuple):
+    """What LoRA adds to a parameter [E, out, in]: the product `b` [E, out, R] · `a` [E, R, in], scaling included."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+class ExpertLinear(NamedTuple):
+    """One expert's projection: `weight` [out, in] and, where LoRA adapts it, `a` [R, in] and `b` [out, R]."""
+
+    weight: torch.Tensor
+    a: torch.Tensor | None = None
+    b: torch.Tensor | None = None
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """`states` [n, in] → [n, out]."""
+        output = F.linear(states, self.weight)
+        return output if self.a is None else torch.addmm(output, F.linear(states, self.a), self.b.t())
+
+
+def expert_linears(weight: torch.Tensor, adapter: LowRank | None) -> list[ExpertLinear]:
+    """The projections of all experts, from their fused `weight` [E, out, in].
+
+    By `unbind`, as the gradient of picking experts one by one would fill a whole weight tensor for each.
+    """
+    if adapter is None:
+        return [ExpertLinear(w) for w in weight.unbind()]
+    return [ExpertLinear(*parts) for parts in zip(weight.unbind(), adapter.a.unbind(), adapter.b.unbind(), strict=True)]
+
+
+def active_adapters(experts: nn.Module) -> dict[str, LowRank]:
+    """What the active LoRA adapters add to the parameters of the module that PEFT may have wrapped: name → factors.
+
+    Empty where `experts` is to be called as it is: nothing is wrapped, active or unmerged, or the wrappers do more than
+    adding B·A (hooks that move or gather weights, variants of LoRA, weights in a type that cannot be computed in).
+    """
+    adapters = {}
+    while hasattr(experts, "base_layer"):  # the mark of a PEFT layer
+        if not _adds_product_only(experts):
+            return {}
+        factors = [experts.get_delta_factors(name) for name in experts.active_adapters if name in experts.lora_A]
+        if factors:
+            a = torch.cat([a for _, a, _ in factors], dim=1)
+            adapters[experts.parameter_name] = LowRank(a, torch.cat([b * scaling for b, _, scaling in factors], dim=2))
+        experts = experts.base_layer
+    return adapters if _has_no_hooks(experts) else {}
+
+
+def _adds_product_only(wrapper: nn.Module) -> bool:
+    # Read in PEFT 0.21.2, `tuners/lora/layer.py`; before 0.21 `get_delta_factors` did not exist.
+    from peft.tuners.lora import ParamWrapper  # PEFT is loaded by now; without it there would be no wrapper
+
+    return (
+        type(wrapper) is ParamWrapper
+        and hasattr(wrapper, "get_delta_factors")
+        and not wrapper.disable_adapters
+        and not wrapper.merged
+        and not wrapper.lora_variant
+        and wrapper.get_param().dim() == 3
+        and wrapper.get_param().dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and _has_no_hooks(wrapper)
+    )
+
+
+def _has_no_hooks(module: nn.Module) -> bool:
+    # accelerate's hooks, which offload weights, take the place of `forward`.
+    return not (module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module))
