@@ -3,9 +3,9 @@
 Shapes: E experts of one parameter, n tokens of one expert, R rank (of all active adapters together).
 
 PEFT adapts a bare parameter (`LoraConfig(target_parameters=["mlp.experts.gate_up_proj", ...])`) by a `ParamWrapper`
-around the module that holds it, one wrapper inside the other for several parameters. Called, they add the whole product
-B·A, as large as all experts' weights, to the parameter in every forward. Here they are asked for their factors only, and
-an expert computes W·x + B·(A·x). Whatever else a wrapper may be doing is left to PEFT.
+around the module that holds it, one wrapper inside the other for several parameters. Called, they add the whole
+product B·A, as large as all experts' weights, to the parameter in every forward. Here they are asked for their factors
+only, and an expert computes W·x + B·(A·x). Whatever else a wrapper may be doing is left to PEFT.
 """
 
 from typing import NamedTuple
@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .onednn import linear
 
 
 class LowRank(NamedTuple):
@@ -31,7 +33,7 @@ class ExpertLinear(NamedTuple):
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """`states` [n, in] → [n, out]."""
-        output = F.linear(states, self.weight)
+        output = linear(states, self.weight)
         return output if self.a is None else torch.addmm(output, F.linear(states, self.a), self.b.t())
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 
@@ -35,8 +36,8 @@ class MLP(nn.Module):
 class RoutedExperts(nn.Module):
     """The routed experts, their weights fused: `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
 
-    `forward` below is the plain reading, one expert after the other ("eager"). transformers' experts interface puts a
-    faster one in its place (`config._experts_implementation`: grouped or batched matrix products).
+    `forward` below is the plain reading, one expert after the other ("eager"). transformers' experts interface puts
+    another one in its place where `experts_implementation` asks for it; by default "per_device".
     """
 
     def __init__(self, config: DeepseekConfigBase):
@@ -82,6 +83,25 @@ class RoutedExperts(nn.Module):
         return expert_linears(getattr(self, name), adapters.get(name))
 
 
+def per_device_experts_forward(
+    experts: RoutedExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The fastest way to pass the routed experts, as `RoutedExperts.forward`: on a CPU one expert after the other; on
+    an accelerator, where each of many small products would wait to be launched, and in compiled code, which cannot
+    loop over counts that it does not know, transformers' grouped products. An accelerator that decodes takes its
+    batched ones, which copy the weights of every choice: at most as much as the layer's experts weigh."""
+    on_cpu = hidden_states.device.type == "cpu"
+    if on_cpu and not torch.compiler.is_compiling():
+        return plain_forward(experts, hidden_states, top_k_index, top_k_weights)
+    if not on_cpu and not torch.is_grad_enabled() and top_k_index.numel() <= experts.num_experts:
+        return ALL_EXPERTS_FUNCTIONS["batched_mm"](experts, hidden_states, top_k_index, top_k_weights)
+    return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, top_k_index, top_k_weights)
+
+
+plain_forward = inspect.unwrap(RoutedExperts.forward)  # past the experts interface
+ExpertsInterface.register("per_device", per_device_experts_forward)
+
+
 class MixtureOfExperts(nn.Module):
     """DeepSeekMoE's feed-forward: every token passes the shared experts and K routed ones (eq. 9 of the V1 paper)."""
 
@@ -113,5 +133,5 @@ class MixtureOfExperts(nn.Module):
         adapters = active_adapters(self.experts)
         if not adapters:
             return self.experts(flat, topk_index, topk_weight)
-        plain_forward = inspect.unwrap(RoutedExperts.forward)  # the experts interface knows no adapters
+        # The experts interface knows no adapters.
         return plain_forward(self.experts.get_base_layer(), flat, topk_index, topk_weight, adapters)

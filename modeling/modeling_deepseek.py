@@ -102,6 +102,10 @@ class DeepseekPreTrainedModel(CheckpointMixin, PreTrainedModel):
         # transformers (read in 5.23) looks for `@use_experts_implementation` in this file; it is in experts.py.
         return True
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """transformers' check of `experts_implementation`, with the default of `experts.py`."""
+        return super().get_correct_experts_implementation(requested_experts or "per_device")
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

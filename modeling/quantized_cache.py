@@ -1,6 +1,7 @@
 """The latent cache in 8 bits: C + R bytes a token and layer, and four for each scale.
 
-Shapes: B batch, S cached tokens, C latent width (`kv_lora_rank`), R rotary width (`qk_rope_head_dim`), W width, G scales.
+Shapes: B batch, S cached tokens, C latent width (`kv_lora_rank`), R rotary width (`qk_rope_head_dim`), W any width, G
+scales.
 
 DeepSeek-V3 multiplies activations in FP8 with one scale for every tile of 1 × 128 values (§3.3.2, arXiv 2412.19437); a
 cached token is stored likewise, as integers. With a scale of its own, no later token can leave the range that the first
@@ -53,7 +54,7 @@ class QuantizedLatentCacheLayer(LatentCacheLayer):
 
 
 class QuantizedLatentCache(Cache):
-    """A cache for `generate(past_key_values=QuantizedLatentCache())` that takes half the memory of one in bfloat16, or a
+    """A cache for `generate(past_key_values=QuantizedLatentCache())` that takes half the memory of one in bfloat16, a
     quarter of one in float32."""
 
     def __init__(self):

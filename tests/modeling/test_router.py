@@ -138,7 +138,7 @@ def test_scores_are_float32_in_a_bfloat16_model(family):
     assert torch.equal(index, expected_index)
 
 
-@pytest.mark.parametrize("experts_implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("experts_implementation", ["eager", "grouped_mm", "batched_mm", "per_device"])
 @pytest.mark.parametrize(("family", "n_shared_experts"), itertools.product(FAMILIES, [None, 0, 2]))
 @torch.no_grad()
 def test_a_mixture_is_the_weighted_sum_of_its_experts(family, n_shared_experts, experts_implementation):

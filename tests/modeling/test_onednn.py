@@ -1,0 +1,41 @@
+"""The experts' matrix product on a CPU. Tolerance: float32 sums over 300 products, taken in another order."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from deepseek_hf.modeling.onednn import linear
+
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-5}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 48, 130])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("part", [False, True])
+def test_equals_torch_linear(rows, frozen, part):
+    """Also of a part of a tensor, as one expert's weight or the rows of one expert are."""
+    torch.manual_seed(0)
+    states, weight = torch.randn(2 * rows, 300), torch.randn(2, 2 * 70, 300)
+    gradient = torch.randn(rows, 70 if part else 140)
+    results = []
+    for function in (F.linear, linear):
+        x = states.clone().requires_grad_()
+        w = weight.clone().requires_grad_(not frozen)
+        output = function(x[rows:], w[1, 70:] if part else w[1])
+        output.backward(gradient)
+        results.append((output.detach(), x.grad, w.grad))
+    for ours, expected in zip(*results, strict=True):
+        assert (ours is None) == (expected is None)
+        if expected is not None:
+            torch.testing.assert_close(ours, expected, **TOLERANCE)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(states, weight[0]), F.linear(states, weight[0]), **TOLERANCE)
+
+
+def test_other_types_are_left_to_torch():
+    states, weight = torch.randn(3, 20), torch.randn(5, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(states, weight).dtype == torch.bfloat16
+    for dtype in (torch.bfloat16, torch.float64):
+        given = states.to(dtype), weight.to(dtype)
+        torch.testing.assert_close(linear(*given), F.linear(*given), rtol=0, atol=0)
