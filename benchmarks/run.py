@@ -17,7 +17,7 @@ from machine import measure_machine
 from models import ALL_LAYERS
 from report import HEADER, Report, table_row
 from results import Result, Setup
-from rows import cache, decode, expert_lora, experts, lora, prefill
+from rows import cache, compiled, decode, expert_lora, experts, lora, prefill, switch_point
 
 ROWS: dict[str, Callable[[Setup], Iterator[Result]]] = {
     "decode": decode.run_contexts,
@@ -28,6 +28,8 @@ ROWS: dict[str, Callable[[Setup], Iterator[Result]]] = {
     "expert-lora": expert_lora.run,
     "experts": experts.run,
     "cache": cache.run,
+    "switch-point": switch_point.run,
+    "compiled": compiled.run,
 }
 
 

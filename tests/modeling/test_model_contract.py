@@ -10,7 +10,7 @@ import pickle
 import pytest
 import torch
 from small_models import FAMILIES, PAD, VOCABULARY, mixtures, padded, random_ids, small_config, small_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, StaticCache
 
 TOLERANCE = {"atol": 5e-5, "rtol": 0}
 
@@ -244,6 +244,24 @@ def test_compiled_forward():
     torch.testing.assert_close(compiled(ids).logits, expected, **TOLERANCE)
 
 
+@torch.no_grad()
+def test_compiled_decoding():
+    """One graph serves all steps: a static cache keeps the shapes."""
+    model = small_model("v3", num_hidden_layers=2)
+    ids = random_ids(2, 12)
+    expected = model(ids).logits
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    model(ids[:, :8], past_key_values=cache, use_cache=True)
+    for t in range(8, 12):
+        position = torch.tensor([[t]])
+        logits = compiled(ids[:, t : t + 1], past_key_values=cache, use_cache=True, position_ids=position).logits
+        torch.testing.assert_close(logits, expected[:, t : t + 1], **TOLERANCE)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_compiled_training_step():
     """Traced and differentiated ahead of time; the kernels, which take long to compile, stay eager."""
     ids = random_ids(2, 12)
@@ -252,7 +270,7 @@ def test_compiled_training_step():
     loss, expected = gradients(model, input_ids=ids, labels=ids)
     loads = model.collect_expert_load()
     model.zero_grad(set_to_none=True)
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled_loss, _ = gradients(compiled, input_ids=ids, labels=ids)
     torch.testing.assert_close(compiled_loss, loss, **TOLERANCE)
     assert_same({name: parameter.grad for name, parameter in model.named_parameters()}, expected)
