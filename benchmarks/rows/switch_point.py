@@ -11,7 +11,6 @@ from measuring import alternate
 from models import assert_agreement, build_pair
 from results import Result, Setup, Target
 
-
 LAYERS, REPETITIONS = 2, 5
 CONTEXT = 4096
 QUERIES = (1, 16, 64, 128, 256, 512)

@@ -95,6 +95,62 @@ def test_absorbed_equals_expanded(family, queries, keys, masked):
     torch.testing.assert_close(weights[rows], expected_weights[rows], **TOLERANCE)
 
 
+@pytest.mark.parametrize("family", WITH_LATENTS)
+@torch.no_grad()
+def test_absorbed_equals_expanded_in_bfloat16(family):
+    """Tolerance: bfloat16 rounds to 2^-9 of a value, in each of the two forms some five times on the way."""
+    attention = small_model(family, "sdpa").bfloat16().model.layers[0].self_attn
+    torch.manual_seed(0)
+    widths = (attention.qk_nope_head_dim, attention.qk_rope_head_dim)
+    queries = [torch.randn(2, attention.num_heads, 3, width).bfloat16() for width in widths]
+    widths = (attention.kv_lora_rank, attention.qk_rope_head_dim)
+    cached = [torch.randn(2, 1, 40, width).bfloat16() for width in widths]
+    mask = torch.ones(2, 1, 3, 40, dtype=torch.bool).tril(37)
+    mask[1, ..., :5] = False
+    absorbed, _ = attention.attend_absorbed(*queries, *cached, mask)
+    expanded, _ = attention.attend_expanded(*queries, *cached, mask)
+    assert absorbed.dtype == expanded.dtype == torch.bfloat16
+    scale = expanded.float().abs().max().item()
+    torch.testing.assert_close(absorbed, expanded, atol=10 * 2**-9 * scale, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("chunks", [[12], [8, 1, 1, 2], [3, 9]])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_prepared_masks(family, chunks, implementation):
+    """A 4-D mask, here of two documents in a row and a padded row, on a cache and without one."""
+    model = small_model(family, implementation)
+    ids = random_ids(2, 12)
+    mask = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+    mask[0, :, 5:, :5] = False
+    mask[1, :, :, :3] = False
+    positions = torch.stack([torch.tensor([*range(5), *range(7)]), torch.arange(-3, 9).clamp(min=0)])
+    expected = [
+        model(ids[:1, :5]).logits[0],
+        model(ids[:1, 5:]).logits[0],
+        model(ids[1:, 3:]).logits[0],
+    ]
+    cache, logits, seen = None, [], 0
+    for chunk in ids.split(chunks, dim=1):
+        past, seen = seen, seen + chunk.shape[1]
+        part = mask[:, :, past:seen, :seen]
+        additive = torch.zeros(part.shape).masked_fill(~part, torch.finfo(torch.float32).min)
+        output = model(
+            chunk,
+            # Eager attention adds its mask to the scores.
+            attention_mask=part if implementation == "sdpa" else additive,
+            position_ids=positions[:, past:seen],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = output.past_key_values
+        logits.append(output.logits)
+    logits = torch.cat(logits, dim=1)
+    for found, alone in zip([logits[0, :5], logits[0, 5:], logits[1, 3:]], expected, strict=True):
+        torch.testing.assert_close(found, alone, **TOLERANCE)
+
+
 def test_absorbing_is_chosen_by_the_number_of_multiplications():
     with torch.device("meta"):
         attention = MultiHeadLatentAttention(DeepseekV3Config(), layer_idx=0)
