@@ -3,9 +3,9 @@
 Shapes: E experts of one parameter, n tokens of one expert, R rank (of all active adapters together).
 
 PEFT adapts a bare parameter (`LoraConfig(target_parameters=["mlp.experts.gate_up_proj", ...])`) by a `ParamWrapper`
-around the module that holds it, one wrapper inside the other for several parameters. Called, they add the whole product
-B·A, as large as all experts' weights, to the parameter in every forward. Here they are asked for their factors only, and
-an expert computes W·x + B·(A·x). Whatever else a wrapper may be doing is left to PEFT.
+around the module that holds it, one wrapper inside the other for several parameters. Called, they add the whole
+product B·A, as large as all experts' weights, to the parameter in every forward. Here they are asked for their factors
+only, and an expert computes W·x + B·(A·x). Whatever else a wrapper may be doing is left to PEFT.
 """
 
 from typing import NamedTuple

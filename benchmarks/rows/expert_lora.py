@@ -7,8 +7,9 @@ from measuring import alternate
 from models import Pair, build_pair, random_tokens
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from results import Result, Setup, Target, timed
-from rows.lora import check_lora, lora_step
 from work import Work, causal_attention, weights
+
+from rows.lora import check_lora, lora_step
 
 LAYERS, REPETITIONS = 3, 3
 TOKENS, CHECKED_TOKENS = 512, 64
