@@ -108,8 +108,8 @@ def adapter_config(model: PreTrainedModel, r: int, alpha: int, targets: Sequence
             )
     if "router" in targets:
         warnings.warn(
-            "lora_targets: router adapts who gets which token. That moves the experts away from the balance that the "
-            "base was trained to (watch max_vio), and the other experts' weights were not trained for it.",
+            "lora_targets: router adapts who gets which token. That moves tokens away from the balance between experts "
+            "that the base was trained to (watch max_vio), and to experts that have not seen their like.",
             stacklevel=2,
         )
     fields = {

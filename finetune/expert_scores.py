@@ -97,8 +97,9 @@ class ExpertScores:
         figure, axes = plt.subplots(figsize=(width, 1.5 + 0.25 * len(layers)), layout="constrained")
         image = axes.imshow(100 * values, aspect="auto", cmap="viridis", vmin=0)
         dots = [(expert, row) for row, layer in enumerate(layers) for expert in chosen.get(layer, [])]
-        axes.scatter(*zip(*dots, strict=True), color="white", s=12, label="trained")
-        axes.set(xlabel="expert", ylabel="layer", title=f"{function} scores over {self.num_tokens:,} tokens")
+        axes.scatter(*zip(*dots, strict=True), color="white", s=12)
+        title = f"{function} scores over {self.num_tokens:,} tokens; dots: trained"
+        axes.set(xlabel="expert", ylabel="layer", title=title)
         axes.set_yticks(range(len(layers)), layers)
         figure.colorbar(image, label="% of the layer")
         figure.savefig(path, dpi=120)
