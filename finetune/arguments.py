@@ -95,6 +95,11 @@ class LoraArguments:
     esft_tokens: int = HfArg(help="Tokens of train_file that the scores are taken from.", default=131072)
 
     @property
+    def peft_arguments(self) -> dict[str, Any]:
+        """`lora_config` as a dict."""
+        return json.loads(self.lora_config)
+
+    @property
     def esft(self) -> bool:
         """Whether only chosen experts are trained."""
         return self.expert_config is not None or self.esft_top_p is not None
@@ -145,6 +150,12 @@ def parse_recipe(
     )
     if stray:
         parser.error(f"command line: {' '.join(stray)} belongs to no field; options are written --field value")
+    try:
+        is_mapping = isinstance(parsed[2].peft_arguments, dict)
+    except json.JSONDecodeError:
+        is_mapping = False
+    if not is_mapping:
+        parser.error(f"lora_config: {parsed[2].lora_config} is not a mapping of arguments of PEFT's LoraConfig")
     return tuple(parsed)
 
 

@@ -150,15 +150,19 @@ def import_per_expert(folder: str | Path, target: str | Path, num_experts: int) 
             _add_fused(tensors, experts, _fuse(layer, ("down_proj",), num_experts, rank, True))
             ranks["mlp.experts.down_proj"] = rank
             parameters.append(f"{experts.removeprefix(_PREFIX)}.down_proj")
-    others = {name.removeprefix(_PREFIX).removesuffix(_LORA_A) for name in tensors if name.endswith(_LORA_A)}
-    others = {name for name in others if ".mlp.experts" not in name}
+    others = []
+    for name, tensor in tensors.items():
+        if name.endswith(_LORA_A) and ".mlp.experts." not in name:
+            module = name.removeprefix(_PREFIX).removesuffix(_LORA_A)
+            others.append(f"{module}.weight" if _BY_PARAMETER.search(module) else module)
+            ranks[others[-1]] = len(tensor)
 
     config = copy.copy(config)
     config.use_rslora, config.lora_alpha = False, scaling * config.r
     config.rank_pattern = {name: r for name, r in ranks.items() if r != config.r}
     config.alpha_pattern = {name: scaling * r for name, r in config.rank_pattern.items()}
-    config.target_modules = sorted(name for name in others if not _BY_PARAMETER.search(name))
-    config.target_parameters = parameters + sorted(f"{n}.weight" for n in others if _BY_PARAMETER.search(n))
+    config.target_modules = sorted(name for name in others if not name.endswith(".weight"))
+    config.target_parameters = parameters + sorted(name for name in others if name.endswith(".weight"))
     _write(config, tensors, target)
 
 

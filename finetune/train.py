@@ -7,7 +7,6 @@
 is checked before the model is loaded.
 """
 
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -162,7 +161,6 @@ def describe_experts(config: ExpertConfig, num_experts: int) -> str:
 
 def main(argv: list[str]) -> None:
     model_args, data_args, lora_args, args = parse_recipe(argv)
-    peft_arguments = json.loads(lora_args.lora_config)
     check_what_is_trained(lora_args, args.router_bias_speed)
     if lora_args.expert_config is not None:
         ExpertConfig.read(lora_args.expert_config)  # before work is lost
@@ -203,7 +201,9 @@ def main(argv: list[str]) -> None:
         model = specialize(model, expert_config)
         processes.print(f"ESFT trains {describe_experts(expert_config, model.config.n_routed_experts)}")
     if lora_args.lora:
-        model = add_adapter(model, lora_args.lora_r, lora_args.lora_alpha, lora_args.lora_targets, **peft_arguments)
+        model = add_adapter(
+            model, lora_args.lora_r, lora_args.lora_alpha, lora_args.lora_targets, **lora_args.peft_arguments
+        )
         if checkpoint is not None:
             check_same_base(checkpoint, model)
         processes.print(describe_adapter(model))

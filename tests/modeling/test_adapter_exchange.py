@@ -1,4 +1,4 @@
-"""Adapters of the routed experts are PEFT's own files: saved here they load on transformers' classes, and vice versa."""
+"""Adapters of the routed experts are PEFT's own files: saved here they load on transformers' classes, and back."""
 
 import subprocess
 import sys
