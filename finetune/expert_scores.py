@@ -51,9 +51,9 @@ class ExpertScores:
 
     def merge_ranks(self) -> None:
         """Adds what the other processes counted, where there are any."""
-        self.num_tokens = int(reduce(torch.tensor(self.num_tokens)))
+        self.num_tokens = int(reduce(torch.tensor(self.num_tokens), "sum"))
         self.sums = {
-            function: {layer: reduce(values) for layer, values in layers.items()}
+            function: {layer: reduce(values, "sum") for layer, values in layers.items()}
             for function, layers in self.sums.items()
         }
 
