@@ -15,6 +15,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 
+from deepseek_hf.finetune.adapter import PRESETS
+
 
 @dataclass
 class ModelArguments:
@@ -55,18 +57,52 @@ class DataArguments:
 
 @dataclass
 class LoraArguments:
-    """What is trained: low-rank adapters (PEFT's LoRA) or, with `lora: false`, all weights."""
+    """What is trained: low-rank adapters (PEFT's LoRA) or, with `lora: false`, the weights; of the whole model or of
+    the experts that the task uses (ESFT, arXiv 2407.01906)."""
 
-    lora: bool = HfArg(help="Train an adapter; false: full fine-tuning.", default=True)
+    lora: bool = HfArg(help="Train an adapter; false: the weights themselves.", default=True)
     lora_r: int = HfArg(help="Rank of the adapter's matrices.", default=16)
     lora_alpha: int = HfArg(help="The adapter's output is scaled by lora_alpha / lora_r.", default=32)
     lora_targets: list[str] = field(
-        default_factory=lambda: ["attention", "mlp"],
+        default_factory=lambda: ["attention"],
         metadata={
-            "help": "What gets an adapter. mlp: dense MLPs and shared experts; experts: routed experts.",
-            "choices": ["attention", "mlp", "experts"],
+            "help": "What gets an adapter. experts: the routed ones; all: attention, dense MLPs, shared and routed "
+            "experts; all+mtp: the multi-token-prediction layers too.",
+            "choices": list(PRESETS),
         },
     )
+    lora_config: str = HfArg(
+        help="Further arguments of PEFT's LoraConfig, a mapping (in a recipe) or JSON; they win over the presets.",
+        default="{}",
+    )
+    per_expert_adapter: bool = HfArg(
+        help="Also write the adapter with one LoRA an expert, as vLLM and SGLang read it, to output_dir/per_expert.",
+        default=False,
+    )
+    expert_config: str | None = HfArg(
+        help='ESFT with the experts that this file names: {"experts": {"<layer>": [<expert>, ...], ...}, '
+        '"shared_experts": false, "non_expert_modules": false}.',
+        default=None,
+    )
+    esft_top_p: float | None = HfArg(
+        help="ESFT with the fewest experts of each layer whose scores on train_file add up to this (the paper: 0.1 to "
+        "0.2).",
+        default=None,
+    )
+    esft_score: Literal["token", "gate"] = HfArg(
+        help="ESFT's score of an expert: its share of the tokens, or of the gates' weights.", default="token"
+    )
+    esft_tokens: int = HfArg(help="Tokens of train_file that the scores are taken from.", default=131072)
+
+    @property
+    def peft_arguments(self) -> dict[str, Any]:
+        """`lora_config` as a dict."""
+        return json.loads(self.lora_config)
+
+    @property
+    def esft(self) -> bool:
+        """Whether only chosen experts are trained."""
+        return self.expert_config is not None or self.esft_top_p is not None
 
 
 @dataclass
@@ -114,6 +150,12 @@ def parse_recipe(
     )
     if stray:
         parser.error(f"command line: {' '.join(stray)} belongs to no field; options are written --field value")
+    try:
+        is_mapping = isinstance(parsed[2].peft_arguments, dict)
+    except json.JSONDecodeError:
+        is_mapping = False
+    if not is_mapping:
+        parser.error(f"lora_config: {parsed[2].lora_config} is not a mapping of arguments of PEFT's LoraConfig")
     return tuple(parsed)
 
 

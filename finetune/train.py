@@ -14,6 +14,7 @@ from pathlib import Path
 import datasets
 from accelerate import PartialState
 from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
+from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,22 +28,26 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 import deepseek_hf.modeling  # noqa: F401  (registers the DeepSeek models with the Auto classes)
-from deepseek_hf.finetune.adapter import add_adapter, check_same_base
-from deepseek_hf.finetune.arguments import FinetuningArguments, parse_recipe
+from deepseek_hf.finetune.adapter import add_adapter, check_same_base, describe_adapter
+from deepseek_hf.finetune.arguments import FinetuningArguments, LoraArguments, parse_recipe
 from deepseek_hf.finetune.data import load_chat_dataset, read_conversations
+from deepseek_hf.finetune.esft import EXPERT_CONFIG_NAME, ExpertConfig, specialize
+from deepseek_hf.finetune.expert_scores import collect_expert_scores
 from deepseek_hf.finetune.loss_curve import save_loss_curve
+from deepseek_hf.finetune.per_expert import export_per_expert
 from deepseek_hf.finetune.router_bias import RouterBiasCallback
 from deepseek_hf.finetune.trainer import DeepseekTrainer
 
 MODEL_TYPES = ("deepseek", "deepseek_v2", "deepseek_v3")
 
 
-def checkpoint_to_resume(args: FinetuningArguments, lora: bool) -> str | None:
+def checkpoint_to_resume(args: FinetuningArguments, lora: bool, esft: bool) -> str | None:
     """The folder that `resume_from_checkpoint` means (`true`: the last checkpoint in `output_dir`), or `None`.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it holds a whole model and this run trains an adapter (`lora`), or the other way round.
+        ValueError: it holds a whole model and this run trains an adapter (`lora`) or some experts (`esft`), or the
+            other way round.
         FileExistsError: the run would mix its results with those of an earlier one.
     """
     resume, output_dir = args.resume_from_checkpoint or "false", Path(args.output_dir)
@@ -56,6 +61,11 @@ def checkpoint_to_resume(args: FinetuningArguments, lora: bool) -> str | None:
             raise ValueError(
                 f"resume_from_checkpoint={found} holds {'a whole model' if lora else 'an adapter'}; "
                 f"set lora to {str(not lora).lower()}."
+            )
+        if (Path(found) / EXPERT_CONFIG_NAME).exists() != esft:
+            raise ValueError(
+                f"resume_from_checkpoint={found} was {'not ' if esft else ''}made by ESFT; "
+                f"{'leave out' if esft else 'set'} expert_config or esft_top_p."
             )
         return found
     if output_dir.is_dir() and any(output_dir.iterdir()) and not args.overwrite_output_dir:
@@ -93,14 +103,68 @@ def greedy_answer(
     return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def check_what_is_trained(lora_args: LoraArguments, router_bias_speed: float) -> None:
+    """Raises `ValueError` for arguments that exclude one another."""
+    if (lora_args.lora or lora_args.esft) and router_bias_speed:
+        raise ValueError(
+            f"router_bias_speed={router_bias_speed} would move biases that an adapter does not hold, nor what ESFT "
+            "saves; set it to 0.0, or train all weights."
+        )
+    if lora_args.expert_config is not None and lora_args.esft_top_p is not None:
+        raise ValueError("expert_config names the experts and esft_top_p would choose them; set one of the two.")
+    if lora_args.esft_top_p is not None and not 0 < lora_args.esft_top_p <= 1:
+        raise ValueError(f"esft_top_p={lora_args.esft_top_p}; accepted: above 0, up to 1.")
+    if lora_args.esft and lora_args.lora and lora_args.lora_targets != ["experts"]:
+        raise ValueError(f"lora_targets={lora_args.lora_targets}; accepted with ESFT: [experts].")
+    if lora_args.per_expert_adapter and not lora_args.lora:
+        raise ValueError(
+            "per_expert_adapter is true and lora false; accepted: an adapter, or per_expert_adapter false."
+        )
+
+
+def experts_to_train(
+    lora_args: LoraArguments,
+    model: PreTrainedModel,
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: FinetuningArguments,
+) -> ExpertConfig:
+    """The experts that `expert_config` names, or else those that score highest on `dataset`, of which each process
+    runs its share; scores and heat map then lie in `output_dir`."""
+    if lora_args.expert_config is not None:
+        return ExpertConfig.read(lora_args.expert_config)
+    processes = PartialState()
+    batches = DataLoader(
+        dataset.shuffle(args.seed).shard(processes.num_processes, processes.process_index),
+        batch_size=args.per_device_eval_batch_size,
+        collate_fn=DataCollatorForSeq2Seq(tokenizer),
+    )
+    model.to(args.device)
+    scores = collect_expert_scores(model, batches, lora_args.esft_tokens // processes.num_processes)
+    scores.merge_ranks()
+    chosen = scores.choose(lora_args.esft_score, lora_args.esft_top_p)
+    if processes.is_main_process:
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        scores.write(folder / "expert_scores.json")
+        scores.save_heat_map(folder / "expert_scores.png", lora_args.esft_score, chosen)
+    return ExpertConfig(chosen)
+
+
+def describe_experts(config: ExpertConfig, num_experts: int) -> str:
+    counts = [len(chosen) for chosen in config.experts.values()]
+    return (
+        f"{sum(counts)} of {num_experts * len(counts)} experts ({min(counts)} to {max(counts)} a layer); shared "
+        f"experts: {config.shared_experts}, other modules: {config.non_expert_modules}"
+    )
+
+
 def main(argv: list[str]) -> None:
     model_args, data_args, lora_args, args = parse_recipe(argv)
-    if lora_args.lora and args.router_bias_speed:
-        raise ValueError(
-            f"router_bias_speed={args.router_bias_speed} would move biases that an adapter does not hold; set it "
-            "to 0.0, or lora to false."
-        )
-    checkpoint = checkpoint_to_resume(args, lora_args.lora)
+    check_what_is_trained(lora_args, args.router_bias_speed)
+    if lora_args.expert_config is not None:
+        ExpertConfig.read(lora_args.expert_config)  # before work is lost
+    checkpoint = checkpoint_to_resume(args, lora_args.lora, lora_args.esft)
     processes = PartialState()
     processes.wait_for_everyone()  # all of them have looked at output_dir before one writes there
     if processes.is_main_process and checkpoint is None:
@@ -129,12 +193,20 @@ def main(argv: list[str]) -> None:
         question = first_question(data_args.eval_file) if data_args.sample_tokens else None
 
     model = AutoModelForCausalLM.from_pretrained(name, dtype=model_args.dtype)
+    if lora_args.esft:
+        if checkpoint is not None:  # the experts that it holds
+            expert_config = ExpertConfig.read(Path(checkpoint) / EXPERT_CONFIG_NAME)
+        else:
+            expert_config = experts_to_train(lora_args, model, train_dataset, tokenizer, args)
+        model = specialize(model, expert_config)
+        processes.print(f"ESFT trains {describe_experts(expert_config, model.config.n_routed_experts)}")
     if lora_args.lora:
-        model = add_adapter(model, lora_args.lora_r, lora_args.lora_alpha, lora_args.lora_targets)
+        model = add_adapter(
+            model, lora_args.lora_r, lora_args.lora_alpha, lora_args.lora_targets, **lora_args.peft_arguments
+        )
         if checkpoint is not None:
             check_same_base(checkpoint, model)
-        if processes.is_main_process:
-            model.print_trainable_parameters()
+        processes.print(describe_adapter(model))
     trainer = DeepseekTrainer(
         model=model,
         args=args,
@@ -169,6 +241,10 @@ def main(argv: list[str]) -> None:
     trainer.save_metrics("all", metrics, combined=False)
     if processes.is_main_process:
         save_loss_curve(history + trainer.state.log_history, Path(args.output_dir) / "loss.png")
+    if lora_args.per_expert_adapter:
+        trainer.save_model(args.output_dir, _internal_call=True)  # without pushing yet
+        if processes.is_main_process:
+            export_per_expert(args.output_dir, Path(args.output_dir) / "per_expert")
     trainer.save_model()  # last: with push_to_hub it uploads all of output_dir
     processes.print(f"\nSaved to {args.output_dir}")
 

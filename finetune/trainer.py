@@ -1,8 +1,13 @@
 """transformers' Trainer for DeepSeek models: it logs what the loss is made of and restores all the experts."""
 
+from pathlib import Path
+
 import torch
 from peft import PeftModel
 from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from deepseek_hf.finetune.esft import expert_config_of, load_esft, save_esft
 
 
 class DeepseekTrainer(Trainer):
@@ -35,6 +40,19 @@ class DeepseekTrainer(Trainer):
             self._parts.clear()
         super().log(logs, start_time)
 
+    def _save(self, output_dir=None, state_dict=None):
+        """Of a model of which only some experts are trained, saves those and their `expert_cfg.json`."""
+        config, folder = expert_config_of(self.model), Path(output_dir or self.args.output_dir)
+        if config is None or isinstance(self.model, PeftModel):
+            super()._save(output_dir, state_dict)
+            if config is not None:
+                config.write(folder)
+            return
+        save_esft(self.model, folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
     # Trainer hands a checkpoint's tensors to `load_state_dict` as they are on disk, one an expert, and goes on with
     # the stacked ones unrestored (huggingface/transformers#48805). Adapters are not affected.
 
@@ -54,5 +72,8 @@ class DeepseekTrainer(Trainer):
         return isinstance(self.model, PeftModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _load_pretrained(self, checkpoint: str) -> None:
+        if expert_config_of(self.model) is not None:
+            load_esft(self.model, checkpoint)
+            return
         saved = type(self.model).from_pretrained(checkpoint, dtype=self.model.dtype)
         self.model.load_state_dict(saved.state_dict())

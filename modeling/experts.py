@@ -128,6 +128,11 @@ class MixtureOfExperts(nn.Module):
             output = output + self.shared_experts(hidden_states)
         return output, router_logits, topk_index
 
+    @property
+    def router(self) -> Router:
+        """The router itself, also where PEFT has wrapped `gate`."""
+        return self.gate.get_base_layer() if hasattr(self.gate, "base_layer") else self.gate
+
     def pass_routed(self, flat: torch.Tensor, topk_index: torch.Tensor, topk_weight: torch.Tensor) -> torch.Tensor:
         """What the routed experts make of `flat` [N, H], [N, H]; LoRA on them is computed with its factors."""
         adapters = active_adapters(self.experts)

@@ -27,7 +27,7 @@ from .balance import Routing, balance_loss
 from .causal_mask import causal_mask
 from .checkpoint import CheckpointMixin
 from .decoder import DecoderLayer
-from .experts import RoutedExperts
+from .experts import MixtureOfExperts, RoutedExperts
 from .latent_cache import use_latent_layers
 from .mtp import MultiTokenPredictionLayer, mtp_labels, within_document
 from .rotary import RotaryEmbedding
@@ -125,9 +125,8 @@ class DeepseekPreTrainedModel(CheckpointMixin, PreTrainedModel):
         """
         loads = {}
         for layer_idx, layer in enumerate(self.get_decoder().layers):
-            router = getattr(layer.mlp, "gate", None)
-            if isinstance(router, Router) and router.expert_load is not None:
-                loads[layer_idx], router.expert_load = router.expert_load, None
+            if isinstance(layer.mlp, MixtureOfExperts) and layer.mlp.router.expert_load is not None:
+                loads[layer_idx], layer.mlp.router.expert_load = layer.mlp.router.expert_load, None
         if loads and torch.distributed.is_available() and torch.distributed.is_initialized():
             for load in loads.values():
                 torch.distributed.all_reduce(load)
@@ -149,7 +148,7 @@ class DeepseekPreTrainedModel(CheckpointMixin, PreTrainedModel):
         loads = self.collect_expert_load()
         layers = self.get_decoder().layers
         for layer_idx, load in loads.items():
-            layers[layer_idx].mlp.gate.update_bias(load, speed)
+            layers[layer_idx].mlp.router.update_bias(load, speed)
         return loads
 
 
@@ -243,7 +242,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
             return
         routing.append(Routing(router_logits, topk_index, token_mask))
         if self.training:
-            layer.mlp.gate.count_load(topk_index, None if token_mask is None else token_mask.flatten())
+            layer.mlp.router.count_load(topk_index, None if token_mask is None else token_mask.flatten())
 
 
 def padding_mask(attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ RECIPE = {
     "output_dir": "out",
     "learning_rate": "1e-4",  # YAML 1.1 reads 1e-4, without a dot, as text
     "lora_targets": ["attention", "experts"],
+    "lora_config": {"use_rslora": True},
     "lr_scheduler_kwargs": {"num_cycles": 2},
     "packing": True,
     "eval_file": None,
@@ -30,13 +31,14 @@ def recipe(tmp_path):
 
 def test_recipe_and_command_line_become_typed_arguments(recipe):
     model, data, lora, training = parse_recipe(
-        [recipe(), "--lora-targets", "mlp", "--no_lora", "--learning_rate=3e-4", "--max_steps", "-1"]
+        [recipe(), "--lora-targets", "all+mtp", "--no_lora", "--learning_rate=3e-4", "--max_steps", "-1"]
     )
     assert model.model_name_or_path == "some/model"
     assert (data.packing, data.eval_file) == (True, None)
-    assert (lora.lora, lora.lora_targets) == (False, ["mlp"])
+    assert (lora.lora, lora.lora_targets) == (False, ["all+mtp"])
     assert (training.learning_rate, training.max_steps) == (3e-4, -1)
     assert training.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert lora.peft_arguments == {"use_rslora": True}
 
 
 def test_recipe_alone_keeps_its_values(recipe):
@@ -54,7 +56,8 @@ def test_recipe_alone_keeps_its_values(recipe):
         ({}, ["stray"], "stray"),
         ({"max_length": "long"}, [], "invalid int value: 'long'"),
         ({"long_rows": "keep"}, [], "choose from error, drop, truncate"),
-        ({"lora_targets": ["gate"]}, [], "choose from attention, mlp, experts"),
+        ({"lora_targets": ["gate"]}, [], "choose from attention, experts, shared_experts, all, all+mtp, router"),
+        ({"lora_config": "use_rslora"}, [], "lora_config: use_rslora is not a mapping"),
         ({"train_file": None}, [], "the following arguments are required: --train_file"),
     ],
 )
