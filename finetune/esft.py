@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
-from deepseek_hf.modeling.expert_lora import ExpertLinear, LowRank, expert_linears
+from deepseek_hf.modeling.expert_lora import ExpertLinear, ExpertLinears, LowRank
 from deepseek_hf.modeling.experts import RoutedExperts
 
 from .adapter import kind_of
@@ -96,9 +96,9 @@ class SpecializedExperts(RoutedExperts):
     forward = inspect.unwrap(RoutedExperts.forward)
 
     def projections(self, name: str, adapters: dict[str, LowRank]) -> list[ExpertLinear]:
-        projections = super().projections(name, adapters)
+        projections = list(super().projections(name, adapters))
         own = f"specialized_{name}"
-        for expert, linear in zip(self.chosen, expert_linears(getattr(self, own), adapters.get(own)), strict=True):
+        for expert, linear in zip(self.chosen, ExpertLinears(getattr(self, own), adapters.get(own)), strict=True):
             projections[expert] = linear
         return projections
 

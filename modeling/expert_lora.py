@@ -8,6 +8,7 @@ product B·A, as large as all experts' weights, to the parameter in every forwar
 only, and an expert computes W·x + B·(A·x). Whatever else a wrapper may be doing is left to PEFT.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,14 +38,23 @@ class ExpertLinear(NamedTuple):
         return output if self.a is None else torch.addmm(output, F.linear(states, self.a), self.b.t())
 
 
-def expert_linears(weight: torch.Tensor, adapter: LowRank | None) -> list[ExpertLinear]:
-    """The projections of all experts, from their fused `weight` [E, out, in].
+class ExpertLinears(Sequence):
+    """The projections of all experts, from their fused `weight` [E, out, in] and the `adapter` on it."""
 
-    By `unbind`, as the gradient of picking experts one by one would fill a whole weight tensor for each.
-    """
-    if adapter is None:
-        return [ExpertLinear(w) for w in weight.unbind()]
-    return [ExpertLinear(*parts) for parts in zip(weight.unbind(), adapter.a.unbind(), adapter.b.unbind(), strict=True)]
+    def __init__(self, weight: torch.Tensor, adapter: LowRank | None):
+        self.parts = [_experts_of(tensor) for tensor in (weight, *(adapter or ()))]
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def __getitem__(self, expert: int) -> ExpertLinear:
+        return ExpertLinear(*(part[expert] for part in self.parts))
+
+
+def _experts_of(fused: torch.Tensor) -> Sequence[torch.Tensor]:
+    """`fused` [E, …], to be indexed by expert. Where it is trained, that must not be indexing: the gradient of picking
+    experts one by one would fill a whole weight tensor for each."""
+    return fused.unbind() if torch.is_grad_enabled() and fused.requires_grad else fused
 
 
 def active_adapters(experts: nn.Module) -> dict[str, LowRank]:

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, N = B·T, H hidden, I expert's intermediate width, E 
 """
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 
 from .balance import drop_tokens_over_capacity
-from .expert_lora import ExpertLinear, LowRank, active_adapters, expert_linears
+from .expert_lora import ExpertLinear, ExpertLinears, LowRank, active_adapters
 from .router import Router
 
 
@@ -62,25 +63,27 @@ class RoutedExperts(nn.Module):
         of the parameter; see `expert_lora.py`.
         """
         # Sorted by expert, the choices of each are neighbours, and those of other ranks come last.
-        order = top_k_index.flatten().argsort(stable=True)
-        counts = torch.bincount(top_k_index.flatten(), minlength=self.num_experts).tolist()[: self.num_experts]
+        choices = top_k_index.flatten()
+        order = choices.argsort(stable=True)
+        counts = torch.bincount(choices, minlength=self.num_experts).tolist()[: self.num_experts]
+        chosen = [expert for expert, count in enumerate(counts) if count]
         order = order[: sum(counts)]
         token = order // top_k_index.shape[1]
-        outputs = []
         gate_up_projs, down_projs = (self.projections(name, adapters or {}) for name in ("gate_up_proj", "down_proj"))
-        for states, gate_up, down in zip(hidden_states[token].split(counts), gate_up_projs, down_projs, strict=True):
-            if len(states):
-                gate, up = gate_up(states).chunk(2, dim=-1)
-                outputs.append(down(self.act_fn(gate) * up))
+        outputs = []
+        runs = hidden_states[token].split([counts[expert] for expert in chosen])
+        for expert, states in zip(chosen, runs, strict=True):
+            gate, up = gate_up_projs[expert](states).chunk(2, dim=-1)
+            outputs.append(down_projs[expert](self.act_fn(gate) * up))
         output = torch.zeros_like(hidden_states)
         if outputs:
             weighted = torch.cat(outputs) * top_k_weights.flatten()[order].unsqueeze(-1)
             output.index_add_(0, token, weighted.to(output.dtype))
         return output
 
-    def projections(self, name: str, adapters: dict[str, LowRank]) -> list[ExpertLinear]:
+    def projections(self, name: str, adapters: dict[str, LowRank]) -> Sequence[ExpertLinear]:
         """Every expert's `name`, "gate_up_proj" or "down_proj"."""
-        return expert_linears(getattr(self, name), adapters.get(name))
+        return ExpertLinears(getattr(self, name), adapters.get(name))
 
 
 def per_device_experts_forward(

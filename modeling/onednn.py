@@ -10,6 +10,9 @@ by a private operator (read in torch 2.13); where that is missing, `F.linear` do
 import torch
 import torch.nn.functional as F
 
+# Multiplications below which oneDNN's preparation of a product, some 30 µs, takes longer than it saves.
+SMALLEST_PRODUCT = 2**21
+
 
 class _Linear(torch.autograd.Function):
     """states · weightᵀ, and its gradients."""
@@ -39,6 +42,7 @@ def linear(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if (
         states.device.type == weight.device.type == "cpu"
         and states.dtype == weight.dtype == torch.float32
+        and states.numel() * weight.shape[0] >= SMALLEST_PRODUCT
         and not torch.is_autocast_enabled("cpu")  # it would have `F.linear` compute in bfloat16
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.enabled
