@@ -7,6 +7,7 @@ from results import Result, Setup, Target
 from transformers.cache_utils import Cache
 
 from deepseek_hf.modeling.latent_cache import GROWTH_BLOCK
+from deepseek_hf.modeling.quantized_cache import QuantizedLatentCache
 
 from .decode import decode_step
 
@@ -23,7 +24,7 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def run(setup: Setup) -> Iterator[Result]:
-    """The cache after one more token than fills its blocks, when most of its room is unused.
+    """The cache after one more token than fills its blocks, when most of its room is unused; then the same in 8 bits.
 
     Raises `AssertionError` where it takes more than its numbers and one growth block.
     """
@@ -38,6 +39,9 @@ def run(setup: Setup) -> Iterator[Result]:
         setup.dtype,
     )
     tokens = our_cache.get_seq_length()
+    quantized = QuantizedLatentCache()
+    for index, layer in enumerate(our_cache.layers):
+        quantized.update(layer.keys, layer.values, index)
     a_token = (pair.config.kv_lora_rank + pair.config.qk_rope_head_dim) * setup.dtype.itemsize * layers
     ours, theirs = cache_bytes(our_cache), cache_bytes(their_cache)
     if ours > (tokens + GROWTH_BLOCK) * a_token:
@@ -54,4 +58,14 @@ def run(setup: Setup) -> Iterator[Result]:
         target=Target((tokens + GROWTH_BLOCK) / tokens, at_most=True),
         difference=difference,
         note=f"C + R numbers take {a_token // layers} bytes; ours adds at most {GROWTH_BLOCK} tokens of unused room",
+    )
+    yield Result(
+        row="cache",
+        case=f"{tokens} tokens, 8 bits",
+        unit="bytes a token and layer",
+        layers=layers,
+        ours=cache_bytes(quantized) / tokens / layers,
+        theirs=theirs / tokens / layers,
+        ratio=cache_bytes(quantized) / theirs,
+        note="`QuantizedLatentCache` beside transformers' unquantised cache",
     )
