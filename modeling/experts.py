@@ -17,6 +17,7 @@ from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 from .balance import drop_tokens_over_capacity
 from .expert_lora import ExpertLinear, ExpertLinears, LowRank, active_adapters
 from .router import Router
+from .swiglu import gated_activation
 
 
 class MLP(nn.Module):
@@ -30,7 +31,7 @@ class MLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return self.down_proj(gated_activation(self.act_fn, self.gate_proj(hidden_states), self.up_proj(hidden_states)))
 
 
 @use_experts_implementation
@@ -70,15 +71,14 @@ class RoutedExperts(nn.Module):
         order = order[: sum(counts)]
         token = order // top_k_index.shape[1]
         gate_up_projs, down_projs = (self.projections(name, adapters or {}) for name in ("gate_up_proj", "down_proj"))
-        outputs = []
-        runs = hidden_states[token].split([counts[expert] for expert in chosen])
-        for expert, states in zip(chosen, runs, strict=True):
-            gate, up = gate_up_projs[expert](states).chunk(2, dim=-1)
-            outputs.append(down_projs[expert](self.act_fn(gate) * up))
         output = torch.zeros_like(hidden_states)
-        if outputs:
-            weighted = torch.cat(outputs) * top_k_weights.flatten()[order].unsqueeze(-1)
-            output.index_add_(0, token, weighted.to(output.dtype))
+        sizes = [counts[expert] for expert in chosen]
+        weights = top_k_weights.flatten()[order].unsqueeze(-1)
+        runs = zip(chosen, hidden_states[token].split(sizes), weights.split(sizes), token.split(sizes), strict=True)
+        for expert, states, weight, rows in runs:
+            gate, up = gate_up_projs[expert](states).chunk(2, dim=-1)
+            weighted = down_projs[expert](gated_activation(self.act_fn, gate, up)) * weight
+            output.index_add_(0, rows, weighted.to(output.dtype))
         return output
 
     def projections(self, name: str, adapters: dict[str, LowRank]) -> Sequence[ExpertLinear]:
