@@ -225,7 +225,7 @@ def main(argv: list[str]) -> None:
         answer_before = greedy_answer(model, tokenizer, question, data_args.sample_tokens)
 
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics | before
-    metrics["trained_parameters"] = trainer.get_num_trainable_parameters()
+    metrics["trained_parameters"] = model.num_parameters(only_trainable=True)
     if eval_dataset is not None:
         metrics |= trainer.evaluate()
         processes.print(f"\nHeld-out loss: {metrics['eval_before_loss']:.3f} → {metrics['eval_loss']:.3f}")

@@ -13,7 +13,7 @@ from transformers.integrations import use_experts_implementation
 from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 
 from .balance import drop_tokens_over_capacity
-from .expert_lora import ExpertLinear, LowRank, active_adapters, expert_linears
+from .expert_lora import ExpertLinear, LowRank, active_adapters, expert_linears, is_wrapped, project
 from .router import Router
 
 
@@ -28,7 +28,8 @@ class MLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = project(self.gate_proj, hidden_states), project(self.up_proj, hidden_states)
+        return project(self.down_proj, self.act_fn(gate) * up)
 
 
 @use_experts_implementation
@@ -111,7 +112,7 @@ class MixtureOfExperts(nn.Module):
     @property
     def router(self) -> Router:
         """The router itself, also where PEFT has wrapped `gate`."""
-        return self.gate.get_base_layer() if hasattr(self.gate, "base_layer") else self.gate
+        return self.gate.get_base_layer() if is_wrapped(self.gate) else self.gate
 
     def pass_routed(self, flat: torch.Tensor, topk_index: torch.Tensor, topk_weight: torch.Tensor) -> torch.Tensor:
         """What the routed experts make of `flat` [N, H], [N, H]; LoRA on them is computed with its factors."""
