@@ -17,6 +17,10 @@ class DeepseekTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if expert_config_of(self.model) is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "ESFT with FSDP or DeepSpeed; accepted: one process, or several that hold the model whole."
+            )
         self._parts: dict[str, torch.Tensor] = {}  # sums over the micro-batches since the last log
         self._parts_begin = 0  # the step of that log
 

@@ -247,6 +247,19 @@ def test_error_before_any_work(recipe, tmp_path, options, error, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_named_experts(recipe, tmp_path, capsys):
+    path = tmp_path / "experts.json"
+    path.write_text('{"experts": {"1": [2]}, "shared_experts": true, "non_expert_modules": false}')
+    options = ["--expert_config", str(path), "--max_steps", "1"]
+    train.main([recipe(lora=False), *options])
+    assert "ESFT trains 1 of 4 experts (1 to 1 a layer); shared experts: True" in capsys.readouterr().out
+    prefix, names = "layers.1.mlp.", load_file(tmp_path / "out/model.safetensors").keys()
+    modules = ("experts.2", "shared_experts")
+    assert names == {f"{prefix}{m}.{p}_proj.weight" for m in modules for p in ("gate", "up", "down")}
+    with pytest.raises(ValueError, match=r"expert_config has shared_experts=True .* accepted with lora: false"):
+        train.main([recipe(lora_targets=["experts"]), *options, "--overwrite_output_dir"])
+
+
 def test_adapter_of_another_base_is_refused(recipe, adapter_run, base, tmp_path):
     resume = ["--resume_from_checkpoint", "true"]
     other = shutil.copytree(base, tmp_path / "other")
