@@ -68,9 +68,9 @@ def active_adapters(module: nn.Module) -> dict[str, LowRank]:
     Empty where `module` is to be called as it is: nothing is wrapped, active or unmerged, or the wrappers do more than
     adding B·A (hooks that move or gather weights, variants of LoRA, weights in a type that cannot be computed in).
     """
-    adapters = {}
     if not is_wrapped(module):
-        return adapters
+        return {}
+    adapters = {}
     while is_wrapped(module):
         if not _adds_product_only(module):
             return {}
@@ -108,5 +108,6 @@ def _adds_product_only(wrapper: nn.Module) -> bool:
 
 
 def _has_no_hooks(module: nn.Module) -> bool:
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     # accelerate's hooks, which offload weights, take the place of `forward`.
-    return not (module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module))
+    return not any(hooks) and "forward" not in vars(module)

@@ -117,7 +117,7 @@ class MixtureOfExperts(nn.Module):
     def pass_routed(self, flat: torch.Tensor, topk_index: torch.Tensor, topk_weight: torch.Tensor) -> torch.Tensor:
         """What the routed experts make of `flat` [N, H], [N, H]; LoRA on them is computed with its factors."""
         adapters = active_adapters(self.experts)
-        if not adapters:
+        if not adapters or not isinstance(self.experts.get_base_layer(), RoutedExperts):
             return self.experts(flat, topk_index, topk_weight)
         plain_forward = inspect.unwrap(RoutedExperts.forward)  # the experts interface knows no adapters
         return plain_forward(self.experts.get_base_layer(), flat, topk_index, topk_weight, adapters)
