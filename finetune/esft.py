@@ -61,6 +61,8 @@ class ExpertConfig:
 
     def check(self, config: DeepseekConfigBase) -> None:
         """Raises `ValueError` where it names a layer or an expert that a model of `config` has not."""
+        if not any(self.experts.values()):
+            raise ValueError("expert_config names no expert; accepted: at least one in one layer.")
         mixtures = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
         for layer, chosen in self.experts.items():
             if layer not in mixtures:

@@ -198,6 +198,11 @@ def main(argv: list[str]) -> None:
             expert_config = ExpertConfig.read(Path(checkpoint) / EXPERT_CONFIG_NAME)
         else:
             expert_config = experts_to_train(lora_args, model, train_dataset, tokenizer, args)
+        if lora_args.lora and (expert_config.shared_experts or expert_config.non_expert_modules):
+            raise ValueError(
+                f"expert_config has shared_experts={expert_config.shared_experts} and "
+                f"non_expert_modules={expert_config.non_expert_modules}; accepted with lora: false for both."
+            )
         model = specialize(model, expert_config)
         processes.print(f"ESFT trains {describe_experts(expert_config, model.config.n_routed_experts)}")
     if lora_args.lora:
@@ -225,6 +230,7 @@ def main(argv: list[str]) -> None:
         answer_before = greedy_answer(model, tokenizer, question, data_args.sample_tokens)
 
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics | before
+    metrics["trained_parameters"] = model.num_parameters(only_trainable=True)
     if eval_dataset is not None:
         metrics |= trainer.evaluate()
         processes.print(f"\nHeld-out loss: {metrics['eval_before_loss']:.3f} → {metrics['eval_loss']:.3f}")
@@ -241,11 +247,11 @@ def main(argv: list[str]) -> None:
     trainer.save_metrics("all", metrics, combined=False)
     if processes.is_main_process:
         save_loss_curve(history + trainer.state.log_history, Path(args.output_dir) / "loss.png")
-    if lora_args.per_expert_adapter:
-        trainer.save_model(args.output_dir, _internal_call=True)  # without pushing yet
-        if processes.is_main_process:
-            export_per_expert(args.output_dir, Path(args.output_dir) / "per_expert")
     trainer.save_model()  # last: with push_to_hub it uploads all of output_dir
+    if lora_args.per_expert_adapter and processes.is_main_process:
+        export_per_expert(args.output_dir, Path(args.output_dir) / "per_expert")
+        if args.push_to_hub:
+            trainer.push_to_hub(commit_message="The same adapter with one LoRA an expert")
     processes.print(f"\nSaved to {args.output_dir}")
 
 

@@ -17,6 +17,10 @@ class DeepseekTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if expert_config_of(self.model) is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "ESFT with FSDP or DeepSpeed; accepted: one process, or several that hold the model whole."
+            )
         self._parts: dict[str, torch.Tensor] = {}  # sums over the micro-batches since the last log
         self._parts_begin = 0  # the step of that log
 
@@ -45,13 +49,13 @@ class DeepseekTrainer(Trainer):
         config, folder = expert_config_of(self.model), Path(output_dir or self.args.output_dir)
         if config is None or isinstance(self.model, PeftModel):
             super()._save(output_dir, state_dict)
-            if config is not None:
+            if config is not None and self.args.should_save:  # every rank is called, one writes
                 config.write(folder)
-            return
-        save_esft(self.model, folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+        elif self.args.should_save:
+            save_esft(self.model, folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     # Trainer hands a checkpoint's tensors to `load_state_dict` as they are on disk, one an expert, and goes on with
     # the stacked ones unrestored (huggingface/transformers#48805). Adapters are not affected.

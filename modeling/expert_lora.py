@@ -1,4 +1,4 @@
-"""LoRA on routed experts at the cost of its rank (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA on experts at the cost of its rank (Hu et al. 2021, arXiv 2106.09685): routed and shared ones, and dense MLPs.
 
 Shapes: E experts of one parameter, n tokens of one expert, R rank (of all active adapters together).
 
@@ -19,7 +19,10 @@ from .onednn import linear
 
 
 class LowRank(NamedTuple):
-    """What LoRA adds to a parameter [E, out, in]: the product `b` [E, out, R] · `a` [E, R, in], scaling included."""
+    """What LoRA adds to a parameter [E, out, in]: the product `b` [E, out, R] · `a` [E, R, in], scaling included.
+
+    Of a parameter [out, in] the two are [out, R] and [R, in].
+    """
 
     a: torch.Tensor
     b: torch.Tensor
@@ -57,22 +60,48 @@ def _experts_of(fused: torch.Tensor) -> Sequence[torch.Tensor]:
     return fused.unbind() if torch.is_grad_enabled() and fused.requires_grad else fused
 
 
-def active_adapters(experts: nn.Module) -> dict[str, LowRank]:
-    """What the active LoRA adapters add to the parameters of the module that PEFT may have wrapped: name → factors.
+def project(linear: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """`linear` [out, in] applied to `states` [..., in] → [..., out]; PEFT may have wrapped its weight."""
+    adapters = active_adapters(linear)
+    if not adapters:
+        return linear(states)
+    adapted = ExpertLinear(linear.get_base_layer().weight, *adapters["weight"])
+    return adapted(states.flatten(0, -2)).unflatten(0, states.shape[:-1])
 
-    Empty where `experts` is to be called as it is: nothing is wrapped, active or unmerged, or the wrappers do more than
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether `module` is a layer that PEFT put around another."""
+    return hasattr(module, "base_layer")
+
+
+def active_adapters(module: nn.Module) -> dict[str, LowRank]:
+    """What the active LoRA adapters add to the parameters of `module`, which PEFT may have wrapped: name → factors.
+
+    Empty where `module` is to be called as it is: nothing is wrapped, active or unmerged, or the wrappers do more than
     adding B·A (hooks that move or gather weights, variants of LoRA, weights in a type that cannot be computed in).
     """
+    if not is_wrapped(module):
+        return {}
     adapters = {}
-    while hasattr(experts, "base_layer"):  # the mark of a PEFT layer
-        if not _adds_product_only(experts):
+    while is_wrapped(module):
+        if not _adds_product_only(module):
             return {}
-        factors = [experts.get_delta_factors(name) for name in experts.active_adapters if name in experts.lora_A]
-        if factors:
-            a = torch.cat([a for _, a, _ in factors], dim=1)
-            adapters[experts.parameter_name] = LowRank(a, torch.cat([b * scaling for b, _, scaling in factors], dim=2))
-        experts = experts.base_layer
-    return adapters if _has_no_hooks(experts) else {}
+        factors = [_factors(module, name) for name in module.active_adapters if name in module.lora_A]
+        if factors:  # several adapters' ranks beside each other are one adapter's
+            a, b = zip(*factors, strict=True)
+            adapters[module.parameter_name] = LowRank(torch.cat(a, dim=-2), torch.cat(b, dim=-1))
+        module = module.base_layer
+    return adapters if _has_no_hooks(module) else {}
+
+
+def _factors(wrapper: nn.Module, adapter: str) -> LowRank:
+    parameter = wrapper.get_param()
+    if parameter.dim() == 3:
+        b, a, scaling = wrapper.get_delta_factors(adapter)
+    else:
+        a, b = (half[adapter].weight.to(parameter.dtype) for half in (wrapper.lora_A, wrapper.lora_B))
+        scaling = wrapper.scaling[adapter]
+    return LowRank(a, b * scaling)
 
 
 def _adds_product_only(wrapper: nn.Module) -> bool:
@@ -85,12 +114,12 @@ def _adds_product_only(wrapper: nn.Module) -> bool:
         and not wrapper.disable_adapters
         and not wrapper.merged
         and not wrapper.lora_variant
-        and wrapper.get_param().dim() == 3
         and wrapper.get_param().dtype in (torch.float32, torch.bfloat16, torch.float16)
         and _has_no_hooks(wrapper)
     )
 
 
 def _has_no_hooks(module: nn.Module) -> bool:
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     # accelerate's hooks, which offload weights, take the place of `forward`.
-    return not (module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module))
+    return not any(hooks) and "forward" not in vars(module)

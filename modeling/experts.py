@@ -15,7 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 
 from .balance import drop_tokens_over_capacity
-from .expert_lora import ExpertLinear, ExpertLinears, LowRank, active_adapters
+from .expert_lora import ExpertLinear, ExpertLinears, LowRank, active_adapters, is_wrapped, project
 from .router import Router
 from .swiglu import gated_activation
 
@@ -31,7 +31,8 @@ class MLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(gated_activation(self.act_fn, self.gate_proj(hidden_states), self.up_proj(hidden_states)))
+        gate, up = project(self.gate_proj, hidden_states), project(self.up_proj, hidden_states)
+        return project(self.down_proj, gated_activation(self.act_fn, gate, up))
 
 
 @use_experts_implementation
@@ -134,12 +135,12 @@ class MixtureOfExperts(nn.Module):
     @property
     def router(self) -> Router:
         """The router itself, also where PEFT has wrapped `gate`."""
-        return self.gate.get_base_layer() if hasattr(self.gate, "base_layer") else self.gate
+        return self.gate.get_base_layer() if is_wrapped(self.gate) else self.gate
 
     def pass_routed(self, flat: torch.Tensor, topk_index: torch.Tensor, topk_weight: torch.Tensor) -> torch.Tensor:
         """What the routed experts make of `flat` [N, H], [N, H]; LoRA on them is computed with its factors."""
         adapters = active_adapters(self.experts)
-        if not adapters:
+        if not adapters or not isinstance(self.experts.get_base_layer(), RoutedExperts):
             return self.experts(flat, topk_index, topk_weight)
         # The experts interface knows no adapters.
         return plain_forward(self.experts.get_base_layer(), flat, topk_index, topk_weight, adapters)

@@ -60,6 +60,7 @@ def test_other_forms_are_refused(tmp_path, text):
 @pytest.mark.parametrize(
     ("experts", "message"),
     [
+        ({1: []}, "expert_config names no expert"),
         ({0: [1]}, "layer 0 has no routed experts .*accepted layers: 1 to 1"),
         ({2: [1]}, "layer 2 has no routed experts .*num_hidden_layers is 2"),  # the MTP layer
         ({1: [4]}, "layer 1, expert 4 is out of range; accepted: each of 0 to 3 once"),

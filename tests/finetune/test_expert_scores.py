@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -53,30 +51,6 @@ def test_parts_of_a_sample_add_up(model, batches):
     assert merged.num_tokens == whole.num_tokens
     for function in ("token", "gate"):
         torch.testing.assert_close(merged.sums[function], whole.sums[function])
-
-
-RANK = """
-import sys, torch
-from accelerate import PartialState
-from deepseek_hf.finetune.expert_scores import ExpertScores
-rank = PartialState(cpu=True).process_index
-scores = ExpertScores({1: 3})
-scores.num_tokens = 2
-scores.add(1, torch.tensor([[0.75, 0.25], [1.0, 0.5]]), torch.tensor([[0, 1], [0, 1 + rank]]))
-scores.merge_ranks()
-torch.save((scores.num_tokens, scores.sums), f"{sys.argv[1]}/{rank}.pt")
-"""
-
-
-def test_ranks_add_up(tmp_path):
-    (tmp_path / "rank.py").write_text(RANK)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launch, tmp_path / "rank.py", tmp_path], check=True, timeout=120)
-    for rank in range(2):
-        num_tokens, sums = torch.load(tmp_path / f"{rank}.pt")
-        assert num_tokens == 4
-        assert sums["token"][1].tolist() == [4, 3, 1]
-        assert sums["gate"][1].tolist() == [3.5, 1.0, 0.5]
 
 
 @pytest.fixture

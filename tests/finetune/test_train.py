@@ -16,6 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from deepseek_hf.finetune import train
+from deepseek_hf.finetune.data import load_chat_dataset
+from deepseek_hf.finetune.esft import ExpertConfig
+from deepseek_hf.finetune.expert_scores import collect_expert_scores
 from deepseek_hf.modeling import DeepseekV3ForCausalLM
 
 ROOT = Path(train.__file__).parents[1]
@@ -79,7 +82,7 @@ assert not any(name.startswith("deepseek_hf") for name in sys.modules)
 
 
 def test_adapter_from_start_to_use(recipe, base, tmp_path):
-    printed = launch("finetune/train.py", recipe(), "--max_steps", "30", "--eval_strategy", "epoch")
+    printed = launch("finetune/train.py", recipe(lora_targets=["all"]), "--max_steps", "30", "--eval_strategy", "epoch")
     out = tmp_path / "out"
     metrics = json.loads((out / "all_results.json").read_text())
     assert metrics["eval_loss"] < metrics["eval_before_loss"] - 0.3  # from ln(300) = 5.7 with a frozen random head
@@ -111,11 +114,20 @@ def test_module_trains_all_weights(recipe, base, tmp_path):
             assert not torch.equal(tuned[name], start), name
 
 
-def test_two_processes_save_one_adapter(recipe, tmp_path):
+def test_two_processes_save_one_adapter(recipe, base, files, tokenizer, tmp_path):
+    """Of the experts that the two have chosen together, each by scoring its half of the data."""
     two = ("--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
-    printed = launch(*two, "finetune/train.py", recipe())
+    printed = launch(*two, "finetune/train.py", recipe(lora_targets=["experts"], esft_top_p=0.5))
     out = tmp_path / "out"
+    rows, _ = load_chat_dataset(str(files[0]), tokenizer, 1024)
+    batches = ({"input_ids": torch.tensor([row["input_ids"]])} for row in rows)
+    scores = collect_expert_scores(DeepseekV3ForCausalLM.from_pretrained(base), batches, 10**6)
+    written = json.loads((out / "expert_scores.json").read_text())["token_scores"]["1"]
+    assert list(written.values()) == pytest.approx(scores.shares("token")[1].tolist(), abs=1e-3)  # padding, rounding
+    assert ExpertConfig.read(out / "expert_cfg.json").experts == scores.choose("token", 0.5)
+
     assert {path.name for path in out.iterdir()} == {
+        *("expert_cfg.json", "expert_scores.json", "expert_scores.png"),
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "all_results.json", "loss.png"),
         *("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "trainer_state.json"),
         *("training_args.bin", "checkpoint-2", "checkpoint-4"),
@@ -165,9 +177,16 @@ def test_two_processes_train_as_one(base, tmp_path, monkeypatch):
             assert entry[key] == pytest.approx(expected[key], rel=1e-4), key
 
 
-@pytest.mark.parametrize("lora", [True, False])
-def test_resumed_run_ends_where_the_whole_one_does(recipe, tmp_path, lora):
-    options = ["--lora", str(lora), "--router_bias_speed", "0.0" if lora else "0.01"]
+WHAT_IS_TRAINED = {
+    "adapter": (),
+    "all weights": ("--lora", "false", "--router_bias_speed", "0.01"),
+    "chosen experts": ("--lora", "false", "--esft_top_p", "0.5"),
+    "chosen experts' adapter": ("--lora_targets", "experts", "--esft_top_p", "0.5"),
+}
+
+
+@pytest.mark.parametrize("options", WHAT_IS_TRAINED.values(), ids=WHAT_IS_TRAINED)
+def test_resumed_run_ends_where_the_whole_one_does(recipe, tmp_path, options):
     train.main([recipe(), *options])
     resumed = [
         "--output_dir",
@@ -179,7 +198,7 @@ def test_resumed_run_ends_where_the_whole_one_does(recipe, tmp_path, lora):
     logged = json.loads((tmp_path / "resumed/trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in logged if "loss" in entry] == [1, 2, 3, 4]  # 1 and 2 come from the checkpoint
     assert not (tmp_path / "resumed/checkpoint-2").exists()
-    file = "adapter_model.safetensors" if lora else "model.safetensors"
+    file = "model.safetensors" if "--lora" in options else "adapter_model.safetensors"
     whole, rest = load_file(tmp_path / "out" / file), load_file(tmp_path / "resumed" / file)
     torch.testing.assert_close(rest, whole, rtol=0, atol=1e-6)  # the same operations, but for threads' order
 
@@ -213,6 +232,11 @@ def adapter_run(recipe):
     [
         (["--train_file", "nowhere.jsonl"], FileNotFoundError, "nowhere.jsonl"),
         (["--router_bias_speed", "0.1"], ValueError, "router_bias_speed=0.1"),
+        (["--esft_top_p", "1.5"], ValueError, "esft_top_p=1.5; accepted: above 0, up to 1"),
+        (["--esft_top_p", "0.5"], ValueError, r"lora_targets=\['attention'\]; accepted with ESFT: \[experts\]"),
+        (["--lora", "false", "--expert_config", "nowhere.json"], FileNotFoundError, "nowhere.json"),
+        (["--expert_config", "a.json", "--esft_top_p", "0.5"], ValueError, "set one of the two"),
+        (["--lora", "false", "--per_expert_adapter"], ValueError, "per_expert_adapter is true and lora false"),
         (["--output_dir", "elsewhere", "--resume_from_checkpoint", "true"], FileNotFoundError, "no such checkpoint"),
         (["--resume_from_checkpoint", "nowhere"], FileNotFoundError, "no such checkpoint"),
     ],
@@ -223,6 +247,19 @@ def test_error_before_any_work(recipe, tmp_path, options, error, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_named_experts(recipe, tmp_path, capsys):
+    path = tmp_path / "experts.json"
+    path.write_text('{"experts": {"1": [2]}, "shared_experts": true, "non_expert_modules": false}')
+    options = ["--expert_config", str(path), "--max_steps", "1"]
+    train.main([recipe(lora=False), *options])
+    assert "ESFT trains 1 of 4 experts (1 to 1 a layer); shared experts: True" in capsys.readouterr().out
+    prefix, names = "layers.1.mlp.", load_file(tmp_path / "out/model.safetensors").keys()
+    modules = ("experts.2", "shared_experts")
+    assert names == {f"{prefix}{m}.{p}_proj.weight" for m in modules for p in ("gate", "up", "down")}
+    with pytest.raises(ValueError, match=r"expert_config has shared_experts=True .* accepted with lora: false"):
+        train.main([recipe(lora_targets=["experts"]), *options, "--overwrite_output_dir"])
+
+
 def test_adapter_of_another_base_is_refused(recipe, adapter_run, base, tmp_path):
     resume = ["--resume_from_checkpoint", "true"]
     other = shutil.copytree(base, tmp_path / "other")
@@ -230,6 +267,8 @@ def test_adapter_of_another_base_is_refused(recipe, adapter_run, base, tmp_path)
         train.main([recipe(), *resume, "--model_name_or_path", str(other)])
     with pytest.raises(ValueError, match="its adapter has r=16, and this run 4"):
         train.main([recipe(), *resume, "--lora_r", "4"])
+    with pytest.raises(ValueError, match="was not made by ESFT; leave out expert_config or esft_top_p"):
+        train.main([recipe(lora_targets=["experts"], esft_top_p=0.5), *resume])
     with pytest.raises(ValueError, match="holds an adapter; set lora to true"):
         train.main([recipe(), *resume, "--lora", "false"])
 

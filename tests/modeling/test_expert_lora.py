@@ -1,4 +1,4 @@
-"""LoRA on the routed experts, computed with its factors, against PEFT's own way of adding B·A to the weights.
+"""LoRA on experts, computed with its factors, against PEFT's own way of adding B·A to the weights.
 
 PEFT's way is asked for by a hook on the wrappers, which leaves them to themselves.
 """
@@ -13,6 +13,7 @@ from small_models import random_ids, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+MLPS = [f"{name}_proj.weight" for name in ("gate", "up", "down")]
 # float32 in another order; the logits reach 10, the gradients 1. The largest differences seen were 2e-6 and 1e-6.
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-5}
 
@@ -67,6 +68,8 @@ ADAPTERS = {
     "gate and up only": [lora(parameters=EXPERTS[:1])],
     "down only": [lora(parameters=EXPERTS[1:])],
     "rank pattern": [lora(rank_pattern={"experts.down_proj": 1}, alpha_pattern={"experts.down_proj": 3})],
+    "shared experts and dense layers": [lora(parameters=MLPS), lora(r=2, parameters=MLPS)],
+    "all experts": [lora(parameters=EXPERTS + MLPS)],
     "one layer": [lora(parameters=[f"layers.2.{name}" for name in EXPERTS])],
 }
 
