@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import ModelOutput, MoeModelOutputWithPast
@@ -32,6 +32,7 @@ from .latent_cache import use_latent_layers
 from .mtp import MultiTokenPredictionLayer, mtp_labels, within_document
 from .rotary import RotaryEmbedding
 from .router import Router
+from .speculative import SpeculativeDecoding
 
 
 @dataclass
@@ -213,9 +214,11 @@ class DeepseekModel(DeepseekPreTrainedModel):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
+        layer_idx: int | None = None,
     ) -> tuple[torch.Tensor, dict]:
         """What all layers share: `position_ids` [B or 1, T], and as a dict `position_embeddings`, the prepared
-        `attention_mask`, and `token_mask` [B, T] (`None` unless `attention_mask` tells padding)."""
+        `attention_mask`, and `token_mask` [B, T] (`None` unless `attention_mask` tells padding). `layer_idx`: a layer
+        whose cache has another length than the first's."""
         T = inputs_embeds.shape[1]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
@@ -226,6 +229,7 @@ class DeepseekModel(DeepseekPreTrainedModel):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
+            layer_idx=layer_idx,
         )
         return position_ids, {
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
@@ -265,7 +269,12 @@ def first_tokens_of_mask(attention_mask: torch.Tensor | None, length: int) -> to
 
 class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
     """The language model: backbone, output head, and `num_nextn_predict_layers` MTP layers at the end of
-    `model.layers`."""
+    `model.layers`.
+
+    `generate(use_mtp=True)` lets the MTP layers draft: the same tokens in fewer forwards of the main model, see
+    `speculative.py`. `num_draft_tokens` says how many a round, by default one an MTP layer; beyond that the last layer is
+    applied repeatedly. With `return_dict_in_generate=True` the output has `statistics` of it.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -369,6 +378,37 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             mtp_loss=mtp.loss,
             mtp_logits=mtp.logits,
         )
+
+    # The next two are where `generate` (read in transformers 5.23) settles its settings and starts to decode. The public
+    # hook for another way of decoding, `custom_generate`, would lose the streamer and the tokenizer of stop strings.
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, num_draft_tokens: int | None = None, **kwargs
+    ) -> tuple[GenerationConfig, dict]:
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if num_draft_tokens is not None:
+            if not generation_config.use_mtp:
+                raise ValueError(f"`num_draft_tokens` is {num_draft_tokens} and `use_mtp` is not set; accepted: both.")
+            generation_config.num_draft_tokens = num_draft_tokens
+        return generation_config, model_kwargs
+
+    def _assisted_decoding(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        inputs_tensor: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        if not generation_config.use_mtp:
+            return super()._assisted_decoding(
+                input_ids, logits_processor, stopping_criteria, generation_config, inputs_tensor=inputs_tensor, **kwargs
+            )
+        streamer = kwargs.pop("streamer", None)
+        return SpeculativeDecoding(
+            self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, kwargs
+        ).run()
 
     def predict_further_tokens(
         self,
