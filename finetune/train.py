@@ -31,8 +31,10 @@ from deepseek_hf.finetune.adapter import add_adapter, check_same_base
 from deepseek_hf.finetune.arguments import FinetuningArguments, parse_recipe
 from deepseek_hf.finetune.data import load_chat_dataset, read_conversations
 from deepseek_hf.finetune.loss_curve import save_loss_curve
+from deepseek_hf.finetune.mtp import MtpLossWeightCallback, freeze_all_but_mtp
 from deepseek_hf.finetune.router_bias import RouterBiasCallback
 from deepseek_hf.finetune.trainer import DeepseekTrainer
+from deepseek_hf.modeling.mtp import init_mtp_from_last_layer
 
 MODEL_TYPES = ("deepseek", "deepseek_v2", "deepseek_v3")
 
@@ -100,6 +102,9 @@ def main(argv: list[str]) -> None:
             f"router_bias_speed={args.router_bias_speed} would move biases that an adapter does not hold; set it "
             "to 0.0, or lora to false."
         )
+    if lora_args.lora and (args.train_mtp_only or args.init_mtp_from_last_layer):
+        field = "train_mtp_only" if args.train_mtp_only else "init_mtp_from_last_layer"
+        raise ValueError(f"{field}={getattr(args, field)} trains MTP layers whole; set lora to false.")
     checkpoint = checkpoint_to_resume(args, lora_args.lora)
     processes = PartialState()
     processes.wait_for_everyone()  # all of them have looked at output_dir before one writes there
@@ -129,12 +134,19 @@ def main(argv: list[str]) -> None:
         question = first_question(data_args.eval_file) if data_args.sample_tokens else None
 
     model = AutoModelForCausalLM.from_pretrained(name, dtype=model_args.dtype)
+    if args.init_mtp_from_last_layer:
+        init_mtp_from_last_layer(model, args.init_mtp_from_last_layer)
+    if args.train_mtp_only:
+        freeze_all_but_mtp(model)
     if lora_args.lora:
         model = add_adapter(model, lora_args.lora_r, lora_args.lora_alpha, lora_args.lora_targets)
         if checkpoint is not None:
             check_same_base(checkpoint, model)
         if processes.is_main_process:
             model.print_trainable_parameters()
+    callbacks = [RouterBiasCallback(args.router_bias_speed)]
+    if args.mtp_loss_weight is not None:
+        callbacks.append(MtpLossWeightCallback(args.mtp_loss_weight))
     trainer = DeepseekTrainer(
         model=model,
         args=args,
@@ -142,7 +154,7 @@ def main(argv: list[str]) -> None:
         eval_dataset=eval_dataset,
         data_collator=DataCollatorWithFlattening() if data_args.packing else DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
-        callbacks=[RouterBiasCallback(args.router_bias_speed)],
+        callbacks=callbacks,
     )
 
     before, answer_before, history = {}, None, []

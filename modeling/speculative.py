@@ -112,7 +112,7 @@ class CacheRows:
         return torch.tensor(self.lengths, device=device).unsqueeze(1)
 
     def mask(self, num_new: int, device: torch.device) -> torch.Tensor | None:
-        """Attention mask [B, width + num_new] for entries that are about to be appended; `None` where all is visible."""
+        """Mask [B, width + num_new] for attention by entries about to be appended; `None` where all is visible."""
         if self.prompt_mask is None and not self.ragged:
             return None
         columns = torch.arange(self.width + num_new, device=device)
@@ -289,10 +289,10 @@ def accept_greedy(draft: Draft, scores: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def accept_sampled(draft: Draft, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rejection sampling (arXiv 2211.17192, algorithm 1): as `accept_greedy`, the tokens being samples of softmax(scores).
+    """Rejection sampling (arXiv 2211.17192, algorithm 1): as `accept_greedy`, but the tokens are samples.
 
-    A draft x drawn with probability q(x) is accepted with probability min(1, p(x) / q(x)); in place of the first that is
-    not, a token is drawn from what q left of p, max(0, p - q) renormalised.
+    With p = softmax(scores), a draft x drawn with probability q(x) is accepted with probability min(1, p(x) / q(x)); in
+    place of the first that is not, a token is drawn from what q left of p, max(0, p - q) renormalised.
     """
     p = scores.softmax(dim=-1)
     q = p[:, :0] if draft.probabilities is None else draft.probabilities
@@ -438,9 +438,10 @@ class SpeculativeDecoding:
         num_main = self.model.config.num_hidden_layers
         kind = type(self.cache.layers[0])
         if kind not in (DynamicLayer, LatentCacheLayer) or self.cache.offloading:
+            offloaded = " (offloaded)" if self.cache.offloading else ""
             raise ValueError(
-                f"`past_key_values` has layers of type {kind.__name__}{' (offloaded)' * self.cache.offloading}; accepted "
-                "with `use_mtp=True`: a `DynamicCache` that stays in memory."
+                f"`past_key_values` has layers of type {kind.__name__}{offloaded}; accepted with `use_mtp=True`: a "
+                "`DynamicCache` that stays in memory."
             )
         used = num_main + min(self.num_draft_tokens, len(self.model.mtp_layers))
         self.cache.layers += [kind() for _ in range(used - len(self.cache.layers))]
@@ -588,8 +589,8 @@ def check_arguments(model, generation_config: GenerationConfig, model_kwargs: di
     depth = len(model.mtp_layers)
     if depth == 0:
         raise ValueError(
-            "`use_mtp` is True and the model has no MTP layer (`num_nextn_predict_layers` is 0); accepted: a checkpoint "
-            "that holds MTP layers, loaded with them, or `use_mtp=False`."
+            "`use_mtp` is True and the model has no MTP layer (`num_nextn_predict_layers` is 0); accepted: a "
+            "checkpoint that holds MTP layers, loaded with them, or `use_mtp=False`."
         )
     num_draft_tokens = getattr(generation_config, "num_draft_tokens", None)
     if num_draft_tokens is None:

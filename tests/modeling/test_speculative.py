@@ -88,7 +88,7 @@ def test_without_a_dict_the_tokens_come_alone():
 
 
 def test_drafts_are_the_mtp_layers_guesses():
-    """With every draft right by construction, a round gives them all: here the main model repeats the token it reads."""
+    """With every draft right by construction, a round gives them all: the main model repeats the token it reads."""
     model = small_model("v3", num_nextn_predict_layers=2, tie_word_embeddings=True)
     hidden = model.config.hidden_size
     with torch.no_grad():
