@@ -25,7 +25,7 @@ def freeze_all_but_mtp(model: PreTrainedModel) -> None:
 
 
 class MtpLossWeightCallback(TrainerCallback):
-    """Sets the model's `mtp_loss_weight` over the run, and logs it beside the training loss if it changes.
+    """Sets the model's `mtp_loss_weight` over the run.
 
     Args:
         weights: each holds for an equal share of the steps. `[0.3]` is a constant; `[0.3, 0.3, 0.1]` is about
@@ -50,7 +50,3 @@ class MtpLossWeightCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, model, **kwargs):
         share = state.global_step * len(self.weights) // state.max_steps
         unwrap(model).config.mtp_loss_weight = self.weights[min(share, len(self.weights) - 1)]
-
-    def on_log(self, args, state, control, model, logs, **kwargs):
-        if len(self.weights) > 1 and "loss" in logs:
-            logs["mtp_loss_weight"] = unwrap(model).config.mtp_loss_weight

@@ -9,8 +9,8 @@ from .router_bias import unwrap
 
 class DeepseekTrainer(Trainer):
     """A Trainer that logs what the loss is made of, each averaged over the steps as `loss` is: `main_loss`, the
-    cross-entropy of the next token; `mtp_loss`, as the model returns it, so not yet weighted by `mtp_loss_weight`, and
-    with several MTP layers `mtp_loss_0`, `mtp_loss_1`, … of each depth; `aux_loss`.
+    cross-entropy of the next token; `mtp_loss`, as the model returns it, so not yet weighted by `mtp_loss_weight`,
+    which is logged too, and with several MTP layers `mtp_loss_0`, `mtp_loss_1`, … of each depth; `aux_loss`.
 
     It trains without ever building the logits of all tokens, unless label smoothing or a `compute_loss_func` needs
     them; and it restores checkpoints by `from_pretrained`.
@@ -50,6 +50,8 @@ class DeepseekTrainer(Trainer):
             steps = self.state.global_step - self._parts_begin
             for name, total in self._parts.items():
                 logs[name] = self.accelerator.gather(total).mean().item() / steps
+            if "mtp_loss" in self._parts:
+                logs["mtp_loss_weight"] = unwrap(self.model).config.mtp_loss_weight
             self._parts.clear()
         super().log(logs, start_time)
 

@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_models import FAMILIES, VOCABULARY, padded, random_ids, small_model
+from small_models import FAMILIES, VOCABULARY, drafting_model, padded, random_ids, small_model
 from torch import nn
 from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -18,20 +18,6 @@ from deepseek_hf.modeling.speculative import CacheRows, Draft, accept_sampled
 
 NEW_TOKENS = 24
 TOLERANCE = {"atol": 5e-5, "rtol": 0}  # float32 logits of magnitude 10
-
-
-def drafting_model(family: str, depth: int, **fields):
-    """A small model whose MTP layers guess right about as often as not: main model and MTP layers pass on, above all,
-    the embedding of the last token they read, which they share, and each adds something of its own to it."""
-    model = small_model(family, num_nextn_predict_layers=depth, **fields)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "o_proj" in name or "down_proj" in name:
-                parameter *= 0.1 if family == "v1" else 0.05
-            elif "eh_proj" in name:
-                eye = torch.eye(model.config.hidden_size)
-                parameter.copy_(torch.cat([0.2 * eye, 0.02 * eye], dim=1))
-    return model
 
 
 def prompts(batch: int) -> dict[str, torch.Tensor]:
