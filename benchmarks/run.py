@@ -17,7 +17,7 @@ from machine import measure_machine
 from models import ALL_LAYERS
 from report import HEADER, Report, table_row
 from results import Result, Setup
-from rows import cache, decode, experts, lora, prefill
+from rows import cache, decode, drafting, experts, lora, prefill
 
 ROWS: dict[str, Callable[[Setup], Iterator[Result]]] = {
     "decode": decode.run_contexts,
@@ -27,6 +27,9 @@ ROWS: dict[str, Callable[[Setup], Iterator[Result]]] = {
     "lora": lora.run,
     "experts": experts.run,
     "cache": cache.run,
+    "drafting-tiny": drafting.run_tiny,
+    "drafting": drafting.run_v2_lite,
+    "mtp-loss": drafting.run_loss,
 }
 
 

@@ -44,7 +44,7 @@ class GenerationStatistics:
 
     - `generated`: tokens, of which each row's first comes from the prompt and no draft.
     - `drafted`, `accepted`: draft tokens, and how many of them the main model would have said too.
-    - `main_forwards`: forwards of the main model after the prompt, counted once for each row that still ran.
+    - `rounds`: forwards of the main model after the prompt; `main_forwards` counts each once for every row that ran.
     - `drafting_seconds`, `main_seconds`: wall time in the MTP layers and in the rest of the rounds. On an accelerator,
       where work is queued, only their sum is exact.
     """
@@ -52,6 +52,7 @@ class GenerationStatistics:
     generated: int = 0
     drafted: int = 0
     accepted: int = 0
+    rounds: int = 0
     main_forwards: int = 0
     drafting_seconds: float = 0.0
     main_seconds: float = 0.0
@@ -385,6 +386,7 @@ class SpeculativeDecoding:
             kept = self.advance(tokens, accepted, running)
             rows.keep(kept)
 
+            statistics.rounds += 1
             statistics.main_forwards += len(running)
             statistics.drafted += (T - 1) * len(running)
             n = max(kept)
