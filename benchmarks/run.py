@@ -17,7 +17,7 @@ from machine import measure_machine
 from models import ALL_LAYERS
 from report import HEADER, Report, table_row
 from results import Result, Setup
-from rows import cache, compiled, decode, expert_lora, experts, lora, prefill, switch_point
+from rows import cache, compiled, decode, drafting, expert_lora, experts, lora, prefill, switch_point
 
 ROWS: dict[str, Callable[[Setup], Iterator[Result]]] = {
     "decode": decode.run_contexts,
@@ -30,6 +30,9 @@ ROWS: dict[str, Callable[[Setup], Iterator[Result]]] = {
     "cache": cache.run,
     "switch-point": switch_point.run,
     "compiled": compiled.run,
+    "drafting-tiny": drafting.run_tiny,
+    "drafting": drafting.run_v2_lite,
+    "mtp-loss": drafting.run_loss,
 }
 
 

@@ -65,7 +65,8 @@ class DeepseekConfigBase(PreTrainedConfig):
     - `expert_capacity_factor`: token dropping in training, DeepSeek-V2 §2.1.4; `None` drops nothing.
     """
 
-    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "mtp_loss"]  # not the Trainer's predictions
+    # Not the Trainer's predictions.
+    keys_to_ignore_at_inference = ["past_key_values", "aux_loss", "mtp_loss", "mtp_losses"]
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),

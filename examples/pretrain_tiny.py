@@ -27,7 +27,6 @@ from tqdm.auto import tqdm
 from transformers import (
     HfArgumentParser,
     PreTrainedTokenizerFast,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
@@ -35,6 +34,7 @@ from transformers import (
 
 from deepseek_hf.configuration import DeepseekV3Config
 from deepseek_hf.finetune.router_bias import RouterBiasCallback
+from deepseek_hf.finetune.trainer import DeepseekTrainer
 from deepseek_hf.modeling import DeepseekV3ForCausalLM
 
 TINY = DeepseekV3Config(
@@ -160,32 +160,18 @@ class Clock(TrainerCallback):
         self.bar.close()
 
 
-class PretrainingTrainer(Trainer):
-    """Trainer, with the clock's schedule, the parts of the loss in its log, and both heads' held-out losses."""
+class PretrainingTrainer(DeepseekTrainer):
+    """DeepseekTrainer, with the clock's schedule and both heads' held-out losses."""
 
     def __init__(self, *args, clock: Clock, **kwargs):
         super().__init__(*args, **kwargs)
         self.clock = clock
-        self._parts: list[torch.Tensor] = []  # [mtp_loss, aux_loss] of each step since the last log
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer or self.optimizer, self.clock.learning_rate_factor
         )
         return self.lr_scheduler
-
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        loss, output = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        self._parts.append(torch.stack([output.mtp_loss.detach(), output.aux_loss.detach()]))
-        return (loss, output) if return_outputs else loss
-
-    def log(self, logs, *args, **kwargs):
-        if "loss" in logs and self._parts:
-            mtp_loss, aux_loss = torch.stack(self._parts).mean(0).tolist()
-            main_loss = logs["loss"] - self.model.config.mtp_loss_weight * mtp_loss - aux_loss
-            logs |= {"main_loss": main_loss, "mtp_loss": mtp_loss}
-            self._parts.clear()
-        super().log(logs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         measured = measure(self.model, eval_dataset or self.eval_dataset)

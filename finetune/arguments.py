@@ -117,6 +117,19 @@ class FinetuningArguments(TrainingArguments):
         "false, for an adapter does not hold the biases.",
         default=0.0,
     )
+    mtp_loss_weight: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the MTP layers' loss; several weights hold for an equal share of the steps each. "
+            "Default: the checkpoint's own."
+        },
+    )
+    train_mtp_only: bool = HfArg(
+        help="Train the MTP layers, whole, on a frozen model, for drafting. Needs lora: false.", default=False
+    )
+    init_mtp_from_last_layer: int = HfArg(
+        help="Give a checkpoint without MTP layers so many, made from its last layer.", default=0
+    )
 
 
 ARGUMENTS = (ModelArguments, DataArguments, LoraArguments, FinetuningArguments)

@@ -34,9 +34,11 @@ from deepseek_hf.finetune.data import load_chat_dataset, read_conversations
 from deepseek_hf.finetune.esft import EXPERT_CONFIG_NAME, ExpertConfig, specialize
 from deepseek_hf.finetune.expert_scores import collect_expert_scores
 from deepseek_hf.finetune.loss_curve import save_loss_curve
+from deepseek_hf.finetune.mtp import MtpLossWeightCallback, freeze_all_but_mtp
 from deepseek_hf.finetune.per_expert import export_per_expert
 from deepseek_hf.finetune.router_bias import RouterBiasCallback
 from deepseek_hf.finetune.trainer import DeepseekTrainer
+from deepseek_hf.modeling.mtp import init_mtp_from_last_layer
 
 MODEL_TYPES = ("deepseek", "deepseek_v2", "deepseek_v3")
 
@@ -103,11 +105,16 @@ def greedy_answer(
     return tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def check_what_is_trained(lora_args: LoraArguments, router_bias_speed: float) -> None:
+def check_what_is_trained(lora_args: LoraArguments, args: FinetuningArguments) -> None:
     """Raises `ValueError` for arguments that exclude one another."""
-    if (lora_args.lora or lora_args.esft) and router_bias_speed:
+    if (lora_args.lora or lora_args.esft) and (args.train_mtp_only or args.init_mtp_from_last_layer):
+        field = "train_mtp_only" if args.train_mtp_only else "init_mtp_from_last_layer"
         raise ValueError(
-            f"router_bias_speed={router_bias_speed} would move biases that an adapter does not hold, nor what ESFT "
+            f"{field}={getattr(args, field)} trains MTP layers whole; set lora to false, and no experts to train."
+        )
+    if (lora_args.lora or lora_args.esft) and args.router_bias_speed:
+        raise ValueError(
+            f"router_bias_speed={args.router_bias_speed} would move biases that neither an adapter holds nor ESFT "
             "saves; set it to 0.0, or train all weights."
         )
     if lora_args.expert_config is not None and lora_args.esft_top_p is not None:
@@ -161,7 +168,7 @@ def describe_experts(config: ExpertConfig, num_experts: int) -> str:
 
 def main(argv: list[str]) -> None:
     model_args, data_args, lora_args, args = parse_recipe(argv)
-    check_what_is_trained(lora_args, args.router_bias_speed)
+    check_what_is_trained(lora_args, args)
     if lora_args.expert_config is not None:
         ExpertConfig.read(lora_args.expert_config)  # before work is lost
     checkpoint = checkpoint_to_resume(args, lora_args.lora, lora_args.esft)
@@ -193,6 +200,10 @@ def main(argv: list[str]) -> None:
         question = first_question(data_args.eval_file) if data_args.sample_tokens else None
 
     model = AutoModelForCausalLM.from_pretrained(name, dtype=model_args.dtype)
+    if args.init_mtp_from_last_layer:
+        init_mtp_from_last_layer(model, args.init_mtp_from_last_layer)
+    if args.train_mtp_only:
+        freeze_all_but_mtp(model)
     if lora_args.esft:
         if checkpoint is not None:  # the experts that it holds
             expert_config = ExpertConfig.read(Path(checkpoint) / EXPERT_CONFIG_NAME)
@@ -212,6 +223,9 @@ def main(argv: list[str]) -> None:
         if checkpoint is not None:
             check_same_base(checkpoint, model)
         processes.print(describe_adapter(model))
+    callbacks = [RouterBiasCallback(args.router_bias_speed)]
+    if args.mtp_loss_weight is not None:
+        callbacks.append(MtpLossWeightCallback(args.mtp_loss_weight))
     trainer = DeepseekTrainer(
         model=model,
         args=args,
@@ -219,7 +233,7 @@ def main(argv: list[str]) -> None:
         eval_dataset=eval_dataset,
         data_collator=DataCollatorWithFlattening() if data_args.packing else DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
-        callbacks=[RouterBiasCallback(args.router_bias_speed)],
+        callbacks=callbacks,
     )
 
     before, answer_before, history = {}, None, []

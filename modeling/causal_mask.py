@@ -79,6 +79,7 @@ def causal_mask(
     attention_mask: torch.Tensor | None,
     past_key_values: Cache | None,
     position_ids: torch.Tensor,
+    layer_idx: int | None = None,
 ) -> torch.Tensor | QueryBlockMasks | None:
     """transformers' `create_causal_mask`, by blocks where SDPA is to attend with more than `QUERY_BLOCK` queries.
 
@@ -86,6 +87,7 @@ def causal_mask(
         inputs_embeds: [B, T, H].
         attention_mask: [B, S], 1 for real tokens, or a prepared 4-D mask, which is returned as it is.
         position_ids: [B or 1, T]; where they restart within a row, a new document begins.
+        layer_idx: a layer whose cache has another length than the first's.
     """
     if config._attn_implementation == "sdpa" and inputs_embeds.shape[1] > QUERY_BLOCK:
         config = copy.copy(config)
@@ -96,6 +98,7 @@ def causal_mask(
         attention_mask=attention_mask,
         past_key_values=past_key_values,
         position_ids=position_ids,
+        layer_idx=layer_idx,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import ModelOutput, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -32,6 +32,8 @@ from .latent_cache import use_latent_layers
 from .mtp import MultiTokenPredictionLayer, mtp_labels, within_document
 from .rotary import RotaryEmbedding
 from .router import Router
+from .speculative import SpeculativeDecoding
+from .token_loss import chunked_cross_entropy
 
 
 @dataclass
@@ -48,11 +50,12 @@ class DeepseekCausalLMOutput(ModelOutput):
 
     - `loss`: scalar, given labels. In training mode cross-entropy + `mtp_loss_weight`·`mtp_loss` + `aux_loss`; in
       evaluation mode the cross-entropy alone.
-    - `logits`: [B, T, W] (or the positions that `logits_to_keep` asks for).
+    - `logits`: [B, T, W] (or the positions that `logits_to_keep` asks for); `None` with `output_logits=False`.
     - `past_key_values`: the cache.
     - `hidden_states`, `attentions`, `router_logits`: tuples over layers, on request; `router_logits` are [B·T, E].
     - `aux_loss`: scalar, given labels: the balance losses summed over layers (DeepSeek-V2 §2.1.3).
-    - `mtp_loss`: scalar, given labels: cross-entropy of the MTP layers, averaged over depths (DeepSeek-V3 eq. 24-25).
+    - `mtp_loss`: scalar, given labels: cross-entropy of the MTP layers, averaged over depths (DeepSeek-V3 eq. 24-25);
+      `mtp_losses`: a tuple of the D of them.
     - `mtp_logits`: with `output_mtp_logits=True`, one [B, T-1-k, W] a depth k; entry i predicts token i+k+2.
     """
 
@@ -64,13 +67,14 @@ class DeepseekCausalLMOutput(ModelOutput):
     router_logits: tuple[torch.Tensor, ...] | None = None
     aux_loss: torch.Tensor | None = None
     mtp_loss: torch.Tensor | None = None
+    mtp_losses: tuple[torch.Tensor, ...] | None = None
     mtp_logits: tuple[torch.Tensor, ...] | None = None
 
 
 class MultiTokenPrediction(NamedTuple):
-    """What a run of the MTP layers gives: their loss (scalar, averaged over depths), their logits and their routing."""
+    """What a run of the MTP layers gives: their losses (a scalar each), their logits and their routing."""
 
-    loss: torch.Tensor | None = None
+    losses: tuple[torch.Tensor, ...] = ()
     logits: tuple[torch.Tensor, ...] | None = None
     routing: tuple[Routing, ...] = ()
 
@@ -148,7 +152,9 @@ class DeepseekPreTrainedModel(CheckpointMixin, PreTrainedModel):
         loads = self.collect_expert_load()
         layers = self.get_decoder().layers
         for layer_idx, load in loads.items():
-            layers[layer_idx].mlp.router.update_bias(load, speed)
+            router = layers[layer_idx].mlp.router
+            if router.weight.requires_grad:  # a frozen router keeps its bias too
+                router.update_bias(load, speed)
         return loads
 
 
@@ -216,16 +222,20 @@ class DeepseekModel(DeepseekPreTrainedModel):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
+        layer_idx: int | None = None,
     ) -> tuple[torch.Tensor, dict]:
         """What all layers share: `position_ids` [B or 1, T], and as a dict `position_embeddings`, the prepared
-        `attention_mask`, and `token_mask` [B, T] (`None` unless `attention_mask` tells padding)."""
+        `attention_mask`, and `token_mask` [B, T] (`None` unless `attention_mask` tells padding). `layer_idx`: a layer
+        whose cache has another length than the first's."""
         T = inputs_embeds.shape[1]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = (torch.arange(T, device=inputs_embeds.device) + past).unsqueeze(0)
         return position_ids, {
             "position_embeddings": self.rotary_emb(inputs_embeds, position_ids),
-            "attention_mask": causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids),
+            "attention_mask": causal_mask(
+                self.config, inputs_embeds, attention_mask, past_key_values, position_ids, layer_idx
+            ),
             "token_mask": padding_mask(attention_mask, T),
         }
 
@@ -261,7 +271,12 @@ def first_tokens_of_mask(attention_mask: torch.Tensor | None, length: int) -> to
 
 class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
     """The language model: backbone, output head, and `num_nextn_predict_layers` MTP layers at the end of
-    `model.layers`."""
+    `model.layers`.
+
+    `generate(use_mtp=True)` lets the MTP layers draft: the same tokens in fewer forwards of the main model, see
+    `speculative.py`. `num_draft_tokens` says how many a round, by default one an MTP layer; beyond that the last layer
+    is applied repeatedly. With `return_dict_in_generate=True` the output has `statistics` of it.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -298,12 +313,15 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_mtp_logits: bool = False,
+        output_logits: bool = True,
         **kwargs,
     ) -> DeepseekCausalLMOutput:
         """As `DeepseekModel.forward`; see `DeepseekCausalLMOutput` for what comes back.
 
         Args:
             labels: [B, T], the input tokens, -100 where no loss is wanted. The shift to the next token is done here.
+            output_logits: `False`, with `labels`, gives the loss alone: the logits of all T positions never exist
+                together (see `token_loss.py`). The MTP layers' never do, unless `output_mtp_logits` asks for them.
             num_items_in_batch: as the Trainer passes it when it accumulates gradients: all losses then are sums over
                 this micro-batch divided by the number of targets of the whole batch, so that micro-batches add up to
                 the gradient of one batch.
@@ -322,7 +340,9 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept, :])
+        if labels is None and not output_logits:
+            raise ValueError("`output_logits` is False and there are no `labels`; accepted: one or the other.")
+        logits = self.lm_head(hidden_states[:, kept, :]) if output_logits else None
 
         mtp = MultiTokenPrediction()
         wants_mtp_loss = labels is not None and not (self.training and self.config.mtp_loss_weight == 0)
@@ -344,16 +364,22 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
                 **kwargs,
             )
 
-        loss = aux_loss = None
+        loss = aux_loss = mtp_loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if output_logits:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            else:
+                targets, num_items = labels[:, 1:], kwargs.get("num_items_in_batch")
+                loss = chunked_cross_entropy(hidden_states[:, :-1], self.lm_head, targets, num_items)
             aux_loss = self.sum_balance_losses(
                 (*outputs.routing, *mtp.routing), labels, kwargs.get("num_items_in_batch")
             )
             if self.training and aux_loss is not None:
                 loss = loss + aux_loss.to(loss.device)
-            if self.training and mtp.loss is not None:
-                loss = loss + self.config.mtp_loss_weight * mtp.loss.to(loss.device)
+            if mtp.losses:
+                mtp_loss = torch.stack(mtp.losses).mean()
+                if self.training:
+                    loss = loss + self.config.mtp_loss_weight * mtp_loss.to(loss.device)
         return DeepseekCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -362,9 +388,41 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             aux_loss=aux_loss,
-            mtp_loss=mtp.loss,
+            mtp_loss=mtp_loss,
+            mtp_losses=mtp.losses or None,
             mtp_logits=mtp.logits,
         )
+
+    # The next two are where `generate` (read in transformers 5.23) settles its settings and starts to decode. The
+    # public hook for another way of decoding, `custom_generate`, loses the streamer and the tokenizer of stop strings.
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, num_draft_tokens: int | None = None, **kwargs
+    ) -> tuple[GenerationConfig, dict]:
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if num_draft_tokens is not None:
+            if not generation_config.use_mtp:
+                raise ValueError(f"`num_draft_tokens` is {num_draft_tokens} and `use_mtp` is not set; accepted: both.")
+            generation_config.num_draft_tokens = num_draft_tokens
+        return generation_config, model_kwargs
+
+    def _assisted_decoding(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        inputs_tensor: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        if not generation_config.use_mtp:
+            return super()._assisted_decoding(
+                input_ids, logits_processor, stopping_criteria, generation_config, inputs_tensor=inputs_tensor, **kwargs
+            )
+        streamer = kwargs.pop("streamer", None)
+        return SpeculativeDecoding(
+            self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, kwargs
+        ).run()
 
     def predict_further_tokens(
         self,
@@ -404,25 +462,14 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
                 **kwargs,
             )
             self.model.record_routing(layer, router_logits, topk_index, shared["token_mask"], routing)
-            depth_logits = self.lm_head(hidden_states)
             if output_mtp_logits:
-                logits.append(depth_logits)
+                logits.append(self.lm_head(hidden_states))
             if labels is not None:
                 targets = mtp_labels(labels, depth, token_mask, position_ids)
-                num_targets = kwargs.get("num_items_in_batch")
-                if num_targets is None:  # a row of short documents may have no target this far ahead
-                    num_targets = (targets != -100).sum().clamp(min=1)
-                losses.append(
-                    self.loss_function(
-                        depth_logits,
-                        labels=None,
-                        shift_labels=targets,
-                        vocab_size=self.config.vocab_size,
-                        num_items_in_batch=num_targets,
-                    )
-                )
+                num_items = kwargs.get("num_items_in_batch")
+                losses.append(chunked_cross_entropy(hidden_states, self.lm_head, targets, num_items))
         return MultiTokenPrediction(
-            loss=torch.stack(losses).mean() if losses else None,
+            losses=tuple(losses),
             logits=tuple(logits) if output_mtp_logits else None,
             routing=tuple(routing),
         )

@@ -18,6 +18,7 @@ So depth k has T-1-k positions, of which the last has no target yet: that one dr
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 
@@ -52,6 +53,38 @@ class MultiTokenPredictionLayer(DecoderLayer):
         joined = self.eh_proj(torch.cat([self.enorm(next_embeds), self.hnorm(hidden_states)], dim=-1))
         output = super().forward(joined, **kwargs)
         return output._replace(hidden_states=self.shared_head(output.hidden_states))
+
+
+@torch.no_grad()
+def init_mtp_from_last_layer(model: PreTrainedModel, num_layers: int) -> None:
+    """Gives a language model without MTP layers `num_layers` of them, to be trained from there.
+
+    Each begins as a copy of the last decoder layer of its kind (with a mixture of experts, where the model has one) and
+    of the final norm; `eh_proj` begins as the mean of the next token's embedding and the representation.
+
+    Raises:
+        ValueError: the model has MTP layers, or `num_layers` is less than 1.
+    """
+    config, layers = model.config, model.get_decoder().layers
+    if config.num_nextn_predict_layers or num_layers < 1:
+        raise ValueError(
+            f"init_mtp_from_last_layer={num_layers} for a model with {config.num_nextn_predict_layers} MTP layers "
+            "(`num_nextn_predict_layers`); accepted: at least 1, for a model without."
+        )
+    first = config.num_hidden_layers
+    kind = config.is_moe_layer(first)
+    last = next(layers[index] for index in reversed(range(first)) if config.is_moe_layer(index) == kind)
+    reference = next(last.parameters())
+    for depth in range(num_layers):
+        layer = MultiTokenPredictionLayer(config, first + depth).to(reference.device, reference.dtype)
+        layer.load_state_dict(last.state_dict(), strict=False)  # what an MTP layer has besides is set below
+        for norm in (layer.enorm, layer.hnorm):
+            norm.weight.fill_(1.0)
+        layer.shared_head.norm.load_state_dict(model.get_decoder().norm.state_dict())
+        half = torch.eye(config.hidden_size, dtype=reference.dtype, device=reference.device) / 2
+        layer.eh_proj.weight.copy_(torch.cat([half, half], dim=1))
+        layers.append(layer.train(model.training))
+    config.num_nextn_predict_layers = num_layers
 
 
 def within_document(

@@ -61,6 +61,22 @@ def small_model(family: str, attn_implementation: str | None = None, **fields):
     return AutoModelForCausalLM.from_config(small_config(family, **fields), **kwargs).eval()
 
 
+def drafting_model(family: str, depth: int, scale: float | None = None, **fields):
+    """A small model whose MTP layers guess right about as often as not: main model and MTP layers pass on, above all,
+    the embedding of the last token they read, which they share, and each adds, `scale`d, something of its own to it."""
+    if scale is None:
+        scale = 0.1 if family == "v1" else 0.05
+    model = small_model(family, num_nextn_predict_layers=depth, **fields)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                parameter *= scale
+            elif "eh_proj" in name:
+                eye = torch.eye(model.config.hidden_size)
+                parameter.copy_(torch.cat([0.2 * eye, 0.02 * eye], dim=1))
+    return model
+
+
 def random_ids(*shape: int, seed: int = 1) -> torch.Tensor:
     """Token ids of `shape`, none of them special."""
     return torch.randint(EOS + 1, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
