@@ -148,21 +148,20 @@ class CacheRows:
             states[rows, :, columns] = appended
 
 
-def by_length(
-    lengths: list[int], rows: list[int], call: Callable[[int], torch.Tensor], output: torch.Tensor | None = None
-) -> torch.Tensor:
+def by_length(lengths: list[int], rows: list[int], call: Callable[[int], torch.Tensor]) -> torch.Tensor:
     """`call(length)` [B, ...] for each of the lengths that `rows` have; row b of the result is that of its length.
 
     transformers' logits processors and stopping criteria see token ids [B, length]: all rows at one length. They count
     it, so a row must be shown at its own.
     """
+    output = None
     for length in {lengths[row] for row in rows}:
         result = call(length)
-        if output is None and all(lengths[row] == length for row in rows):
-            return result
-        output = torch.zeros_like(result) if output is None else output
-        same = [row for row in rows if lengths[row] == length]
-        output[same] = result[same]
+        if output is None:
+            output = result  # right for the rows of this length, and the others follow
+        else:
+            same = [row for row in rows if lengths[row] == length]
+            output[same] = result[same]
     return output
 
 
@@ -400,6 +399,11 @@ class SpeculativeDecoding:
         """Runs the main model over the prompt and chooses the first token; returns the states [B, T, H] of the last
         chunk of the prompt, and embeddings of the token after each."""
         past = self.cache.get_seq_length()
+        if past >= self.num_columns:
+            raise ValueError(
+                f"`past_key_values` holds {past} tokens, of a prompt of {self.num_columns}; accepted: fewer, as the "
+                "next token follows from the last of the prompt."
+            )
         backbone = self.model.model
         if self.inputs_embeds is not None:
             embeds = self.inputs_embeds

@@ -210,11 +210,12 @@ def training_step(loss_of, model: PreTrainedModel, tokens: torch.Tensor) -> torc
 
 
 def run_loss(setup: Setup) -> Iterator[Result]:
-    """Peak memory of a training step with D MTP layers and the whole vocabulary; embedding and head are frozen."""
+    """Peak memory of a training step with D MTP layers and the whole vocabulary; embedding and head are frozen. The
+    layers are narrow and dense: the logits' memory, which is what counts, does not depend on them."""
     for depth in DEPTHS:
         layers = setup.layers or LOSS_LAYERS
-        dense = {"n_routed_experts": None, "n_shared_experts": None, "vocab_size": VOCABULARY}
-        model = v2_lite(setup, layers, num_nextn_predict_layers=depth, **dense).train()
+        narrow = {"hidden_size": 256, "intermediate_size": 1024, "n_routed_experts": None, "n_shared_experts": None}
+        model = v2_lite(setup, layers, num_nextn_predict_layers=depth, vocab_size=VOCABULARY, **narrow).train()
         model.get_input_embeddings().requires_grad_(False)
         model.lm_head.requires_grad_(False)
         tokens = torch.randint(VOCABULARY, (1, LOSS_TOKENS), device=setup.device)

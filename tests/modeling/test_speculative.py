@@ -319,6 +319,14 @@ def test_only_the_new_tokens_may_be_given_with_a_cache():
     assert output.sequences.tolist() == expected[:, 8:].tolist()
 
 
+def test_a_cache_that_holds_the_whole_prompt_is_refused():
+    model = drafting_model("v3", 1)
+    with torch.no_grad():
+        cache = model(prompts(1)["input_ids"], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="`past_key_values` holds 9 tokens, of a prompt of 9"):
+        generate(model, use_mtp=True, past_key_values=cache)
+
+
 @pytest.mark.parametrize("settings", [{"prefill_chunk_size": 4}, {"prefill_chunk_size": 1}], ids=str)
 @pytest.mark.parametrize("depth", [1, 3])
 def test_a_prompt_in_chunks(depth, settings):
