@@ -31,13 +31,14 @@ def chunked_cross_entropy(
         hidden_states: [B, T, H].
         targets: [B, T], -100 where no loss is wanted: those positions are left out before the head.
     """
-    targets = targets.flatten().to(hidden_states.device)
+    hidden_states, targets = hidden_states.flatten(0, 1), targets.flatten().to(hidden_states.device)
     wanted = targets != IGNORED
     if num_items is None:
         num_items = wanted.sum().clamp(min=1)
-    if not wanted.any():
-        wanted[:1] = True  # so that every rank uses the head; without a target its loss and gradient are zero
-    hidden_states, targets = hidden_states.flatten(0, 1)[wanted], targets[wanted]
+    if not torch.compiler.is_compiling():  # compiled code wants to know how many there are; it computes all
+        if not wanted.any():
+            wanted[:1] = True  # so that every rank uses the head; without a target its loss and gradient are zero
+        hidden_states, targets = hidden_states[wanted], targets[wanted]
 
     def loss_of(states: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(lm_head(states).float(), chunk, ignore_index=IGNORED, reduction="sum")

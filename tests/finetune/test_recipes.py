@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -35,7 +36,8 @@ def test_recipe_runs(name, excerpts, tmp_path, monkeypatch, capsys):
     changes |= {"disable_tqdm": "true", "eval_strategy": "no", "save_strategy": "no", "use_cpu": "true"}
     train.main([f"finetune/recipes/{name}.yaml", *(f"--{field}={value}" for field, value in changes.items())])
     metrics = json.loads((tmp_path / "all_results.json").read_text())
-    assert metrics["eval_loss"] != metrics["eval_before_loss"]
+    # A draft head is trained beside the frozen model, whose own loss stays as it was.
+    assert (metrics["eval_loss"] != metrics["eval_before_loss"]) == (name != "draft_head")
     printed = capsys.readouterr().out
 
     base = AutoModelForCausalLM.from_pretrained("examples/tiny-deepseek-v3")
@@ -45,9 +47,14 @@ def test_recipe_runs(name, excerpts, tmp_path, monkeypatch, capsys):
         chosen = ExpertConfig.read(tmp_path / EXPERT_CONFIG_NAME)
         assert f"ESFT trains {sum(map(len, chosen.experts.values()))} of " in printed
         load_esft(base, tmp_path)
+    elif name == "draft_head":
+        trained = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+        changed = {key for key, tensor in base.state_dict().items() if not torch.equal(tensor, trained[key])}
+        assert changed
+        assert all(key.startswith(f"model.layers.{base.config.num_hidden_layers}.") for key in changed)
     else:
         PeftModel.from_pretrained(base, tmp_path)
-    assert ("in all:" in printed) == (name != "esft")
+    assert ("in all:" in printed) == (name not in ("esft", "draft_head"))
     assert (tmp_path / "per_expert/adapter_model.safetensors").exists() == (name in PER_EXPERT)
     if name in PER_EXPERT:
         assert any(".mlp.experts.0." in key for key in load_file(tmp_path / "per_expert/adapter_model.safetensors"))
