@@ -94,8 +94,9 @@ def test_through_lora_merge_save_and_load(base, tmp_path):
 # What the loaders of other engines look up, for an MTP layer N of a model with N hidden layers. Both read everything
 # below `model.layers.N.`; these names are not those of a decoder layer.
 # vLLM: `DeepSeekMTP` in vllm/model_executor/models/deepseek_mtp.py; SGLang: `load_weights(is_nextn=True)` in
-# python/sglang/srt/models/deepseek_v2.py. Both take embedding and output head from the main model; older versions of
-# vLLM read the official files' copies of them, `embed_tokens.weight` and `shared_head.head.weight`.
+# python/sglang/srt/models/deepseek_v2.py. The official files also hold copies of the embedding and the output head,
+# `embed_tokens.weight` and `shared_head.head.weight`, which some versions of vLLM read and which we do not write: those
+# versions need `model.embed_tokens.weight` and `lm_head.weight` copied to these names.
 OF_MTP = {"enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight"}
 OF_DECODER_LAYER = {
     "input_layernorm.weight",

@@ -169,7 +169,7 @@ class NoDoubles(LogitsProcessor):
         {"logits_processor": [NoDoubles()]},
         {"prefix_allowed_tokens_fn": lambda row, ids: list(range(3 + 5 * row, 15 + 5 * row + len(ids)))},
     ],
-    ids=str,
+    ids=lambda settings: next(iter(settings)),
 )
 def test_logits_processors(batch, settings):
     model = drafting_model("v3", 2)
