@@ -112,6 +112,10 @@ def check_what_is_trained(lora_args: LoraArguments, args: FinetuningArguments) -
         raise ValueError(
             f"{field}={getattr(args, field)} trains MTP layers whole; set lora to false, and no experts to train."
         )
+    if args.train_mtp_only and args.mtp_loss_weight is not None and not any(args.mtp_loss_weight):
+        raise ValueError(
+            f"mtp_loss_weight={args.mtp_loss_weight} leaves train_mtp_only nothing to do; accepted: a weight above 0."
+        )
     if (lora_args.lora or lora_args.esft) and args.router_bias_speed:
         raise ValueError(
             f"router_bias_speed={args.router_bias_speed} would move biases that neither an adapter holds nor ESFT "

@@ -610,6 +610,11 @@ def check_arguments(model, generation_config: GenerationConfig, model_kwargs: di
             f"`past_key_values` is a {type(model_kwargs['past_key_values']).__name__}; accepted with `use_mtp=True`: a "
             "`DynamicCache`."
         )
+    if model_kwargs.pop("synced_gpus", False):
+        raise ValueError(
+            "`synced_gpus` is True, as it is by default where ranks share a model's weights (ZeRO-3, FSDP); accepted "
+            "with `use_mtp=True`: False, for ranks that each hold the whole model."
+        )
     for field in ("output_attentions", "output_hidden_states", "prompt_lookup_num_tokens", "assistant_early_exit"):
         if value := getattr(generation_config, field):
             raise ValueError(f"`{field}` is {value!r}; accepted with `use_mtp=True`: unset.")

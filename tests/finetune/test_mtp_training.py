@@ -134,6 +134,10 @@ def test_a_recipe_fits_a_draft_head_to_a_checkpoint_without(config, tokenizer, f
     ("options", "message"),
     [
         ({"train_mtp_only": True}, "train_mtp_only=True trains MTP layers whole; set lora to false"),
+        (
+            {"train_mtp_only": True, "lora": False, "mtp_loss_weight": [0.0]},
+            r"mtp_loss_weight=\[0.0\] leaves train_mtp_only nothing to do",
+        ),
         ({"init_mtp_from_last_layer": 1}, "init_mtp_from_last_layer=1 trains MTP layers whole; set lora to false"),
         ({"lora": False, "init_mtp_from_last_layer": 1}, "for a model with 1 MTP layers"),
         ({"lora": False, "mtp_loss_weight": [0.3, -0.1]}, r"mtp_loss_weight=\[0.3, -0.1\]; accepted"),

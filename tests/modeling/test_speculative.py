@@ -389,6 +389,7 @@ def test_rows_of_a_cache_keep_to_their_own_lengths():
         ({}, {"num_draft_tokens": 0}, "`num_draft_tokens` is 0; accepted: a whole number of at least 1"),
         ({}, {"num_draft_tokens": 2, "use_mtp": False}, "`num_draft_tokens` is 2 and `use_mtp` is not set"),
         ({}, {"use_cache": False}, "`use_cache` is False"),
+        ({}, {"synced_gpus": True}, "`synced_gpus` is True"),
         ({}, {"cache_implementation": "static"}, "`past_key_values` is a StaticCache"),
         ({}, {"output_attentions": True}, "`output_attentions` is True"),
         ({}, {"prompt_lookup_num_tokens": 3}, "`prompt_lookup_num_tokens` is 3"),
