@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deepseek_hf.configuration.configuration_deepseek import DeepseekConfig, MultiHeadLatentAttentionConfig
 
-from .causal_mask import QueryBlockMasks, query_blocks
+from .causal_mask import QUERY_BLOCK, QueryBlockMasks, query_blocks
 from .rotary import apply_rotary, softmax_scale
 
 # The published code leaves the epsilon of the two latent norms at this value, whatever `rms_norm_eps` says.
@@ -232,8 +232,12 @@ class MultiHeadLatentAttention(nn.Module):
         w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (H, -1)).split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         q_latent = q_nope @ w_uk  # [B, H, T, N] @ [H, N, C] → [B, H, T, C]
         latent, k_rope = latent.squeeze(1), k_rope.squeeze(1)  # [B, S, C], [B, S, R]
-        contexts, weights = [], []
-        for start, end, visible, mask in query_blocks(attention_mask, T, latent.shape[1], latent.device):
+        # "eager" is the one that gives weights away: all of them in one tensor, which the output depends on.
+        gives_weights = self.config._attn_implementation == "eager"
+        contexts = []
+        for start, end, visible, mask in query_blocks(
+            attention_mask, T, latent.shape[1], latent.device, T if gives_weights else QUERY_BLOCK
+        ):
             # All heads share the keys, so heads and queries together are the rows of one product.
             scores = q_latent[:, :, start:end].flatten(1, 2) @ latent[:, :visible].transpose(1, 2)
             scores = torch.baddbmm(scores, q_rope[:, :, start:end].flatten(1, 2), k_rope[:, :visible].transpose(1, 2))
@@ -242,13 +246,13 @@ class MultiHeadLatentAttention(nn.Module):
                 scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
             elif mask is not None:
                 scores = scores + mask
-            block_weights = scores.softmax(dim=-1, dtype=torch.float32).to(q_nope.dtype)
-            contexts.append((block_weights.flatten(1, 2) @ latent[:, :visible]).unflatten(1, (H, -1)))
-            if self.config._attn_implementation == "eager":  # the one that gives weights away
-                weights.append(F.pad(block_weights, (0, latent.shape[1] - visible)))
+            weights = scores.softmax(dim=-1, dtype=torch.float32).to(q_nope.dtype)
+            contexts.append((weights.flatten(1, 2) @ latent[:, :visible]).unflatten(1, (H, -1)))
         context = torch.cat(contexts, dim=2)  # [B, H, T, C]
         output = (context @ w_uv.transpose(1, 2)).transpose(1, 2)
-        return output, torch.cat(weights, dim=2) if weights else None
+        if not gives_weights:
+            return output, None
+        return output, weights if visible == latent.shape[1] else F.pad(weights, (0, latent.shape[1] - visible))
 
     def absorbing_is_cheaper(self, num_queries: int, num_keys: int) -> bool:
         """Whether the absorbed form takes fewer multiplications for T queries on S keys (counted a head).

@@ -103,7 +103,11 @@ def causal_mask(
 
 
 def query_blocks(
-    attention_mask: torch.Tensor | QueryBlockMasks | None, num_queries: int, num_keys: int, device: torch.device
+    attention_mask: torch.Tensor | QueryBlockMasks | None,
+    num_queries: int,
+    num_keys: int,
+    device: torch.device,
+    block_size: int = QUERY_BLOCK,
 ) -> Iterator[QueryBlock]:
     """Any mask that `causal_mask` returns for the kernels of SDPA and eager attention, by blocks of queries.
 
@@ -112,8 +116,8 @@ def query_blocks(
     if isinstance(attention_mask, QueryBlockMasks):
         yield from attention_mask.blocks(device)
         return
-    for start in range(0, num_queries, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, num_queries)
+    for start in range(0, num_queries, block_size):
+        end = min(start + block_size, num_queries)
         if attention_mask is not None:
             yield QueryBlock(start, end, num_keys, attention_mask[:, :, start:end, :num_keys])
         elif num_queries == 1:

