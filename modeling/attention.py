@@ -27,6 +27,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from deepseek_hf.configuration.configuration_deepseek import DeepseekConfig, MultiHeadLatentAttentionConfig
 
 from .causal_mask import QUERY_BLOCK, QueryBlockMasks, query_blocks
+from .onednn import batched_product
+from .projection import project
 from .rotary import apply_rotary, softmax_scale
 
 # The published code leaves the epsilon of the two latent norms at this value, whatever `rms_norm_eps` says.
@@ -104,15 +106,15 @@ class MultiHeadAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`hidden_states` [B, T, hidden] → `(output [B, T, hidden], weights [B, H, T, S] or None)`."""
         query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            project(layer, hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         query = apply_rotary(query, *position_embeddings, interleaved=False)
         key = apply_rotary(key, *position_embeddings, interleaved=False)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         output, weights = attend(self, query, key, value, attention_mask, **kwargs)
-        return self.o_proj(output.flatten(2)), weights
+        return project(self.o_proj, output.flatten(2)), weights
 
 
 class MultiHeadLatentAttention(nn.Module):
@@ -169,16 +171,16 @@ class MultiHeadLatentAttention(nn.Module):
             output, weights = self.attend_absorbed(q_nope, q_rope, latent, k_rope, attention_mask)
         else:
             output, weights = self.attend_expanded(q_nope, q_rope, latent, k_rope, attention_mask, **kwargs)
-        return self.o_proj(output.flatten(2)), weights
+        return project(self.o_proj, output.flatten(2)), weights
 
     def queries(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, T, hidden] → the queries' content part [B, H, T, N] and rotated part [B, H, T, R] (eq. 37-40)."""
         if self.config.q_lora_rank is None:
-            query = self.q_proj(hidden_states)
+            query = project(self.q_proj, hidden_states)
         else:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+            query = project(self.q_b_proj, self.q_a_layernorm(project(self.q_a_proj, hidden_states)))
         query = query.unflatten(-1, (-1, self.qk_head_dim)).transpose(1, 2)
         q_nope, q_rope = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         return q_nope, apply_rotary(q_rope, *position_embeddings, interleaved=self.config.rope_interleave)
@@ -187,7 +189,7 @@ class MultiHeadLatentAttention(nn.Module):
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, T, hidden] → what is cached: normed latents [B, 1, T, C], rotated keys [B, 1, T, R] (eq. 41, 43)."""
-        compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
+        compressed = project(self.kv_a_proj_with_mqa, hidden_states).unsqueeze(1)
         latent, k_rope = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         k_rope = apply_rotary(k_rope, *position_embeddings, interleaved=self.config.rope_interleave)
         return self.kv_a_layernorm(latent), k_rope
@@ -205,7 +207,9 @@ class MultiHeadLatentAttention(nn.Module):
 
         → `(output [B, T, H, V], weights [B, H, T, S] or None)`.
         """
-        expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
+        expanded = project(self.kv_b_proj, latent.squeeze(1)).unflatten(
+            -1, (-1, self.qk_nope_head_dim + self.v_head_dim)
+        )
         k_nope, value = expanded.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         query = torch.cat([q_nope, q_rope], dim=-1)
         key = torch.cat([k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)], dim=-1)
@@ -230,7 +234,8 @@ class MultiHeadLatentAttention(nn.Module):
         """
         _, H, T, _ = q_nope.shape
         w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (H, -1)).split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
-        q_latent = q_nope @ w_uk  # [B, H, T, N] @ [H, N, C] → [B, H, T, C]
+        q_latent = (q_nope * self.scaling) @ w_uk  # [B, H, T, N] @ [H, N, C] → [B, H, T, C]
+        q_rope = q_rope * self.scaling
         latent, k_rope = latent.squeeze(1), k_rope.squeeze(1)  # [B, S, C], [B, S, R]
         # "eager" is the one that gives weights away: all of them in one tensor, which the output depends on.
         gives_weights = self.config._attn_implementation == "eager"
@@ -239,15 +244,16 @@ class MultiHeadLatentAttention(nn.Module):
             attention_mask, T, latent.shape[1], latent.device, T if gives_weights else QUERY_BLOCK
         ):
             # All heads share the keys, so heads and queries together are the rows of one product.
-            scores = q_latent[:, :, start:end].flatten(1, 2) @ latent[:, :visible].transpose(1, 2)
-            scores = torch.baddbmm(scores, q_rope[:, :, start:end].flatten(1, 2), k_rope[:, :visible].transpose(1, 2))
-            scores = scores.mul(self.scaling).unflatten(1, (H, -1))  # [B, H, T, S], of the block
+            scores = sum(
+                batched_product(query[:, :, start:end].flatten(1, 2), key[:, :visible].transpose(1, 2))
+                for query, key in ((q_latent, latent), (q_rope, k_rope))
+            ).unflatten(1, (H, -1))  # [B, H, T, S], of the block
             if mask is not None and mask.dtype == torch.bool:
                 scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
             elif mask is not None:
                 scores = scores + mask
             weights = scores.softmax(dim=-1, dtype=torch.float32).to(q_nope.dtype)
-            contexts.append((weights.flatten(1, 2) @ latent[:, :visible]).unflatten(1, (H, -1)))
+            contexts.append(batched_product(weights.flatten(1, 2), latent[:, :visible]).unflatten(1, (H, -1)))
         context = torch.cat(contexts, dim=2)  # [B, H, T, C]
         output = (context @ w_uv.transpose(1, 2)).transpose(1, 2)
         if not gives_weights:

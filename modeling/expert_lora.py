@@ -60,15 +60,6 @@ def _experts_of(fused: torch.Tensor) -> Sequence[torch.Tensor]:
     return fused.unbind() if torch.is_grad_enabled() and fused.requires_grad else fused
 
 
-def project(linear: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """`linear` [out, in] applied to `states` [..., in] → [..., out]; PEFT may have wrapped its weight."""
-    adapters = active_adapters(linear)
-    if not adapters:
-        return linear(states)
-    adapted = ExpertLinear(linear.get_base_layer().weight, *adapters["weight"])
-    return adapted(states.flatten(0, -2)).unflatten(0, states.shape[:-1])
-
-
 def is_wrapped(module: nn.Module) -> bool:
     """Whether `module` is a layer that PEFT put around another."""
     return hasattr(module, "base_layer")
@@ -91,7 +82,7 @@ def active_adapters(module: nn.Module) -> dict[str, LowRank]:
             a, b = zip(*factors, strict=True)
             adapters[module.parameter_name] = LowRank(torch.cat(a, dim=-2), torch.cat(b, dim=-1))
         module = module.base_layer
-    return adapters if _has_no_hooks(module) else {}
+    return adapters if has_no_hooks(module) else {}
 
 
 def _factors(wrapper: nn.Module, adapter: str) -> LowRank:
@@ -115,11 +106,12 @@ def _adds_product_only(wrapper: nn.Module) -> bool:
         and not wrapper.merged
         and not wrapper.lora_variant
         and wrapper.get_param().dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and _has_no_hooks(wrapper)
+        and has_no_hooks(wrapper)
     )
 
 
-def _has_no_hooks(module: nn.Module) -> bool:
+def has_no_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` does no more than its class says."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     # accelerate's hooks, which offload weights, take the place of `forward`.
     return not any(hooks) and "forward" not in vars(module)

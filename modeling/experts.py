@@ -15,7 +15,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 
 from .balance import drop_tokens_over_capacity
-from .expert_lora import ExpertLinear, ExpertLinears, LowRank, active_adapters, is_wrapped, project
+from .expert_lora import ExpertLinear, ExpertLinears, LowRank, active_adapters, is_wrapped
+from .projection import project
 from .router import Router
 from .swiglu import gated_activation
 

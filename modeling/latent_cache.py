@@ -3,9 +3,11 @@
 Shapes: B batch, S cached tokens, C latent width (`kv_lora_rank`), R rotary width (`qk_rope_head_dim`).
 
 transformers' dynamic cache layer appends by concatenation and so copies the whole cache at every step. Here latents and
-rotary keys lie side by side in one buffer [B, 1, capacity, C + R] that grows by blocks; `keys` [B, 1, S, C] and
-`values` [B, 1, S, R] are views of its written part, so everything that reads a `Cache` works as before.
+rotary keys each have a buffer, [B, 1, capacity, C] and [B, 1, capacity, R], that grows by blocks; `keys` [B, 1, S, C]
+and `values` [B, 1, S, R] are views of the written parts, so everything that reads a `Cache` works as before.
 """
+
+from collections.abc import Callable
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
@@ -22,7 +24,7 @@ class LatentCacheLayer(DynamicLayer):
 
     def __init__(self):
         super().__init__()
-        self._buffer: torch.Tensor | None = None
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -32,61 +34,61 @@ class LatentCacheLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         states = (key_states, value_states, self.keys, self.values)
         if torch.is_grad_enabled() and any(state.requires_grad for state in states):
-            self._buffer = None
+            self._buffers = None
             return super().update(key_states, value_states)
 
         past = self.get_seq_length()
         length = past + key_states.shape[-2]
-        if self._buffer is None or length > self._buffer.shape[-2]:
-            self._grow(length, key_states, value_states)
-        new = self._buffer[..., past:length, :]
-        new[..., : key_states.shape[-1]].copy_(key_states)
-        new[..., key_states.shape[-1] :].copy_(value_states)
-        self._show(length, key_states.shape[-1])
+        if self._buffers is None or length > self._buffers[0].shape[-2]:
+            capacity = -(-length // GROWTH_BLOCK) * GROWTH_BLOCK
+            self._buffers = tuple(_empty_buffer(states, capacity) for states in (key_states, value_states))
+            if past:
+                self._write(slice(past), self.keys, self.values)
+        self._write(slice(past, length), key_states, value_states)
+        self._show(length)
         return self.keys, self.values
 
-    def _grow(self, length: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """A buffer for `length` tokens, rounded up to whole blocks, that holds what was cached."""
-        capacity = -(-length // GROWTH_BLOCK) * GROWTH_BLOCK
-        width = key_states.shape[-1] + value_states.shape[-1]
-        buffer = key_states.new_empty(*key_states.shape[:2], capacity, width)
-        if past := self.get_seq_length():
-            torch.cat([self.keys, self.values], dim=-1, out=buffer[..., :past, :])
-        self._buffer = buffer
+    def _write(self, tokens: slice, *states: torch.Tensor) -> None:
+        for buffer, written in zip(self._buffers, states, strict=True):
+            buffer[..., tokens, :] = written
 
-    def _show(self, length: int, latent_width: int) -> None:
-        self.keys = self._buffer[..., :length, :latent_width]
-        self.values = self._buffer[..., :length, latent_width:]
+    def _show(self, length: int) -> None:
+        self.keys, self.values = (buffer[..., :length, :] for buffer in self._buffers)
 
-    def _replace_buffer(self, change) -> None:
-        """Applies `change` to the buffer, or to keys and values where there is none."""
-        if self.get_seq_length() == 0:
+    def _replace(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Applies `change` to the buffers, or to keys and values where there are none."""
+        length = self.get_seq_length()
+        if length == 0:
             return
-        if self._buffer is None:
+        if self._buffers is None:
             self.keys, self.values = change(self.keys), change(self.values)
         else:
-            length, latent_width = self.keys.shape[-2:]
-            self._buffer = change(self._buffer)
-            self._show(length, latent_width)
+            self._buffers = tuple(change(buffer) for buffer in self._buffers)
+            self._show(length)
 
     def reset(self) -> None:
         super().reset()
-        self._buffer = None
+        self._buffers = None
 
     def offload(self) -> None:
-        self._replace_buffer(lambda tensor: tensor.to("cpu", non_blocking=True))
+        self._replace(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        self._replace_buffer(lambda tensor: tensor.to(self.device, non_blocking=True))
+        self._replace(lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._replace_buffer(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self._replace(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._replace_buffer(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._replace(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._replace_buffer(lambda tensor: tensor[indices, ...])
+        self._replace(lambda tensor: tensor[indices, ...])
+
+
+def _empty_buffer(states: torch.Tensor, capacity: int) -> torch.Tensor:
+    """An empty buffer for `capacity` tokens like `states` [B, 1, T, width]."""
+    return states.new_empty(*states.shape[:2], capacity, states.shape[-1])
 
 
 def use_latent_layers(cache: Cache) -> Cache:

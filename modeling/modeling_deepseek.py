@@ -30,6 +30,7 @@ from .decoder import DecoderLayer
 from .experts import MixtureOfExperts, RoutedExperts
 from .latent_cache import use_latent_layers
 from .mtp import MultiTokenPredictionLayer, mtp_labels, within_document
+from .projection import project
 from .rotary import RotaryEmbedding
 from .router import Router
 from .speculative import SpeculativeDecoding
@@ -342,7 +343,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if labels is None and not output_logits:
             raise ValueError("`output_logits` is False and there are no `labels`; accepted: one or the other.")
-        logits = self.lm_head(hidden_states[:, kept, :]) if output_logits else None
+        logits = project(self.lm_head, hidden_states[:, kept, :]) if output_logits else None
 
         mtp = MultiTokenPrediction()
         wants_mtp_loss = labels is not None and not (self.training and self.config.mtp_loss_weight == 0)
@@ -463,7 +464,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, GenerationMixin):
             )
             self.model.record_routing(layer, router_logits, topk_index, shared["token_mask"], routing)
             if output_mtp_logits:
-                logits.append(self.lm_head(hidden_states))
+                logits.append(project(self.lm_head, hidden_states))
             if labels is not None:
                 targets = mtp_labels(labels, depth, token_mask, position_ids)
                 num_items = kwargs.get("num_items_in_batch")

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from deepseek_hf.configuration.configuration_deepseek import DeepseekConfigBase
 
 from .decoder import DecoderLayer, DecoderLayerOutput
+from .projection import project
 
 
 class SharedHead(nn.Module):
@@ -50,7 +51,7 @@ class MultiTokenPredictionLayer(DecoderLayer):
         """`hidden_states` [B, T', H] of the depth before, `next_embeds` [B, T', H] of each position's next token →
         the block's output after the shared head's norm, ready for `lm_head` and for the next depth."""
         # The paper writes [hnorm; enorm]; the published weights take the embedding first.
-        joined = self.eh_proj(torch.cat([self.enorm(next_embeds), self.hnorm(hidden_states)], dim=-1))
+        joined = project(self.eh_proj, torch.cat([self.enorm(next_embeds), self.hnorm(hidden_states)], dim=-1))
         output = super().forward(joined, **kwargs)
         return output._replace(hidden_states=self.shared_head(output.hidden_states))
 

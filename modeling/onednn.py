@@ -1,32 +1,37 @@
-"""Matrix products of the experts on a CPU, in float32, by oneDNN.
+"""Matrix products on a CPU, in float32, by oneDNN.
 
-Shapes: n tokens of one expert, I and O its input and output widths.
+Shapes: n tokens, I and O a weight's input and output widths; B batch.
 
-torch multiplies float32 matrices by MKL and all other types by oneDNN. An expert's product has few rows, and for those
-oneDNN's float32 kernels are the faster ones too; `benchmarks/` has the figures. torch offers them to its compiler only,
-by a private operator (read in torch 2.13); where that is missing, `F.linear` does the work.
+torch multiplies float32 matrices by MKL and all other types by oneDNN. A decoding step and an expert multiply few rows,
+and for those oneDNN's float32 kernels are the faster ones too; `benchmarks/` has the figures. torch offers them to its
+compiler only, by a private operator (read in torch 2.13); where that is missing, torch's own products do the work.
 """
 
 import torch
 import torch.nn.functional as F
 
 # Multiplications below which oneDNN's preparation of a product, some 30 µs, takes longer than it saves.
-SMALLEST_PRODUCT = 2**21
+SMALLEST_PRODUCT = 2**20
 
 
 class _Linear(torch.autograd.Function):
     """states · weightᵀ, and its gradients."""
 
     @staticmethod
-    def forward(ctx, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(states, weight)
+    def forward(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return _product(states, weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         states, weight = ctx.saved_tensors
-        of_states, of_weight = ctx.needs_input_grad  # frozen experts need none of their own
-        return _product(gradient, weight.t()) if of_states else None, gradient.t() @ states if of_weight else None
+        of_states, of_weight = ctx.needs_input_grad  # a frozen weight needs none of its own
+        # The operator has no gradient, which a gradient's gradient (`create_graph`) would need.
+        multiply = F.linear if torch.is_grad_enabled() else _product
+        return multiply(gradient, weight.t()) if of_states else None, gradient.t() @ states if of_weight else None
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -39,16 +44,34 @@ def _has_operator() -> bool:
 
 def linear(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`F.linear` of `states` [n, I] and `weight` [O, I] → [n, O]."""
+    if not _is_for_onednn(states, weight, states.numel() * weight.shape[0]):
+        return F.linear(states, weight)
+    return _Linear.apply(states, weight) if _needs_gradient(states, weight) else _product(states, weight)
+
+
+def batched_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`torch.bmm` of `left` [B, n, I] and `right` [B, I, O] → [B, n, O]. MKL's is the faster one for several rows."""
     if (
-        states.device.type == weight.device.type == "cpu"
-        and states.dtype == weight.dtype == torch.float32
-        and states.numel() * weight.shape[0] >= SMALLEST_PRODUCT
-        and not torch.is_autocast_enabled("cpu")  # it would have `F.linear` compute in bfloat16
+        left.shape[0] != 1
+        or _needs_gradient(left, right)
+        or not _is_for_onednn(left, right, left.numel() * right.shape[2])
+    ):
+        return torch.bmm(left, right)
+    return _product(left[0], right[0].t()).unsqueeze(0)
+
+
+def _needs_gradient(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+
+
+def _is_for_onednn(left: torch.Tensor, right: torch.Tensor, multiplications: int) -> bool:
+    return (
+        left.device.type == right.device.type == "cpu"
+        and left.dtype == right.dtype == torch.float32
+        and multiplications >= SMALLEST_PRODUCT
+        and (right.is_contiguous() or right.mT.is_contiguous())  # for others oneDNN has no fast kernel
+        and not torch.is_autocast_enabled("cpu")  # it would have torch compute in bfloat16
         and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.enabled
         and _has_operator()
-    ):
-        if torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad):
-            return _Linear.apply(states, weight)
-        return _product(states, weight)
-    return F.linear(states, weight)
+    )

@@ -36,6 +36,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from .latent_cache import LatentCacheLayer
+from .projection import project
 
 
 @dataclass
@@ -254,7 +255,7 @@ class MultiTokenDrafter:
 
     def guess(self, state: torch.Tensor, tokens: list, probabilities: list) -> torch.Tensor:
         """Appends the next draft token; returns its embedding [B, 1, H]. `state` [B, 1, H] is an MTP layer's output."""
-        token, distribution = self.choose(self.lm_head(state)[:, -1], tokens)
+        token, distribution = self.choose(project(self.lm_head, state)[:, -1], tokens)
         tokens.append(token)
         probabilities.append(distribution)
         return self.backbone.embed_tokens(token.unsqueeze(1))
@@ -381,7 +382,7 @@ class SpeculativeDecoding:
                 past_key_values=self.cache,
                 use_cache=True,
             ).last_hidden_state
-            tokens, accepted = self.verify(draft, self.model.lm_head(hidden_states), ends + steps)
+            tokens, accepted = self.verify(draft, project(self.model.lm_head, hidden_states), ends + steps)
             kept = self.advance(tokens, accepted, running)
             rows.keep(kept)
 
@@ -432,7 +433,7 @@ class SpeculativeDecoding:
                 self.drafter.propose(hidden_states, following, [chunk.shape[1]] * B, 0)
             begin = end
 
-        logits = self.model.lm_head(hidden_states[:, -1:])
+        logits = project(self.model.lm_head, hidden_states[:, -1:])
         steps = torch.tensor(self.lengths, device=self.device).unsqueeze(1)
         tokens, accepted = self.verify(Draft.of_nothing(logits), logits, steps)
         self.advance(tokens, accepted, list(range(B)))

@@ -7,11 +7,12 @@ gradient; each MTP depth (DeepSeek-V3 §2.2) would add the same. Here only the l
 time. They are computed once more in the backward pass, a forward of the output head that the saved memory costs.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from .projection import project
 
 TOKENS_AT_A_TIME = 512
 IGNORED = -100
@@ -19,13 +20,13 @@ IGNORED = -100
 
 def chunked_cross_entropy(
     hidden_states: torch.Tensor,
-    lm_head: Callable[[torch.Tensor], torch.Tensor],
+    lm_head: nn.Module,
     targets: torch.Tensor,
     num_items: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
     """Sum of the cross-entropies of `lm_head(hidden_states)` in float32, over `num_items`; by default the mean.
 
-    `lm_head` is called as a module, so that adapters, quantisation and tensor parallelism do their part.
+    `lm_head` is used as a layer, so that adapters, quantisation and tensor parallelism do their part.
 
     Args:
         hidden_states: [B, T, H].
@@ -41,7 +42,7 @@ def chunked_cross_entropy(
         hidden_states, targets = hidden_states[wanted], targets[wanted]
 
     def loss_of(states: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(lm_head(states).float(), chunk, ignore_index=IGNORED, reduction="sum")
+        return F.cross_entropy(project(lm_head, states).float(), chunk, ignore_index=IGNORED, reduction="sum")
 
     total = hidden_states.new_zeros((), dtype=torch.float32)
     chunks = zip(hidden_states.split(TOKENS_AT_A_TIME), targets.split(TOKENS_AT_A_TIME), strict=True)

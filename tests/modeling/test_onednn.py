@@ -1,10 +1,10 @@
-"""The experts' matrix product on a CPU. Tolerance: float32 sums over 300 products, taken in another order."""
+"""Matrix products on a CPU. Tolerance: float32 sums over 300 products, taken in another order."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from deepseek_hf.modeling.onednn import SMALLEST_PRODUCT, linear
+from deepseek_hf.modeling.onednn import SMALLEST_PRODUCT, batched_product, linear
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-5}
 
@@ -39,3 +39,33 @@ def test_other_types_are_left_to_torch():
     for dtype in (torch.bfloat16, torch.float64):
         given = states.to(dtype), weight.to(dtype)
         torch.testing.assert_close(linear(*given), F.linear(*given), rtol=0, atol=0)
+
+
+def test_second_gradient():
+    """A gradient that itself is to be differentiated, as a penalty on it is."""
+    torch.manual_seed(0)
+    states, weight = torch.randn(SMALLEST_PRODUCT // (140 * 300) + 1, 300), torch.randn(140, 300)
+    results = []
+    for function in (F.linear, linear):
+        x, w = states.clone().requires_grad_(), weight.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(x, w).square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(gradient.mean(), w)[0])
+    torch.testing.assert_close(*results, **TOLERANCE)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2])
+@pytest.mark.parametrize("dense", [True, False])
+@torch.no_grad()
+def test_equals_torch_bmm(batch, dense):
+    """In both of attention's products, by keys [B, S, 300] or by what there is room for of them."""
+    torch.manual_seed(0)
+    keys = torch.randn(batch, 300, 300 if dense else 320)[..., :300]
+    queries = torch.randn(batch, 16, 300)
+    for right in (keys, keys.mT):
+        torch.testing.assert_close(batched_product(queries, right), torch.bmm(queries, right), **TOLERANCE)
+
+
+def test_batched_product_has_gradients():
+    queries, keys = torch.randn(1, 16, 300, requires_grad=True), torch.randn(1, 300, 300)
+    batched_product(queries, keys).sum().backward()
+    torch.testing.assert_close(queries.grad, keys.sum(-1).expand_as(queries), **TOLERANCE)
