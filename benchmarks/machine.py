@@ -1,10 +1,11 @@
-"""What the machine can do at best, measured in the same run as the models: every row is also given as a share of it."""
+"""What the machine can do at best, measured beside the models: every row is also given as a share of it."""
 
 import platform
 import re
+import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -15,55 +16,56 @@ STREAMED_BYTES = 1 << 30  # far more than any cache holds
 
 
 @dataclass(frozen=True)
-class Machine:
-    """A device with its two limits: `flops_per_second` of a large square matrix product, and `bytes_per_second` of
-    reading weights that no cache holds, both in the dtype of the run."""
+class Limits:
+    """What a device can do at best, both in the dtype of the run: `flops_per_second` of a large square matrix product,
+    and `bytes_per_second` of reading weights that no cache holds."""
 
-    name: str
-    device: str
-    dtype: str
-    threads: int
     flops_per_second: float
     bytes_per_second: float
 
-    def limit_seconds(self, *phases: Work) -> float:
+    def seconds(self, *phases: Work) -> float:
         """Least time for `phases` done one after the other, each bound by arithmetic or by memory (roofline)."""
         return sum(max(p.flops / self.flops_per_second, p.bytes / self.bytes_per_second) for p in phases)
+
+    @classmethod
+    def median(cls, several: Sequence["Limits"]) -> "Limits":
+        return cls(*(statistics.median(values) for values in zip(*map(astuple, several), strict=True)))
+
+
+class Machine:
+    """A device, and the probes of its limits. Those of a shared machine drift, so each comparison takes its own."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype, self.threads = device, dtype, torch.get_num_threads()
+        self.name = device_name(device)
+        width = MATMUL_WIDTH[device.type]
+        self.square = torch.randn(width, width, device=device).to(dtype)
+        self.product = torch.empty_like(self.square)
+        self.weight = torch.ones(STREAMED_BYTES // dtype.itemsize // 8192, 8192, device=device, dtype=dtype)
+        vector = torch.ones(8192, device=device, dtype=dtype)
+        readers = (lambda: self.weight.sum(), lambda: torch.mv(self.weight, vector))
+        # Which is faster depends on the device.
+        self.read = min(readers, key=lambda reader: best_seconds(reader, device, repetitions=4))
+        self.measure_limits()  # warms up
+
+    def measure_limits(self) -> Limits:
+        """The limits of this moment; takes about a second on a CPU."""
+        matmul = best_seconds(lambda: torch.mm(self.square, self.square, out=self.product), self.device, repetitions=1)
+        streaming = best_seconds(self.read, self.device, repetitions=4)
+        return Limits(2 * self.square.shape[0] ** 3 / matmul, self.weight.nbytes / streaming)
 
     @property
     def slug(self) -> str:
         """The name of this machine's result files."""
-        threads = f" {self.threads} threads" if self.device == "cpu" else ""
-        return re.sub(r"[^a-z0-9]+", "-", f"{self.name}{threads} {self.dtype}".lower()).strip("-")
+        return re.sub(r"[^a-z0-9]+", "-", str(self).lower()).strip("-")
 
-    def as_dict(self) -> dict:
-        return asdict(self)
-
-
-def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Takes a few seconds. The best of several repetitions counts, since nothing but noise makes one slower."""
-    width = MATMUL_WIDTH[device.type]
-    square = torch.randn(width, width, device=device).to(dtype)
-    product = torch.empty_like(square)
-    matmul = best_seconds(lambda: torch.mm(square, square, out=product), device, repetitions=4)
-
-    weight = torch.ones(STREAMED_BYTES // dtype.itemsize // 8192, 8192, device=device, dtype=dtype)
-    vector = torch.ones(8192, device=device, dtype=dtype)
-    readers = (lambda: weight.sum(), lambda: torch.mv(weight, vector))  # which is faster depends on the device
-    streaming = min(best_seconds(read, device, repetitions=8) for read in readers)
-    return Machine(
-        name=device_name(device),
-        device=device.type,
-        dtype=str(dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        flops_per_second=2 * width**3 / matmul,
-        bytes_per_second=weight.nbytes / streaming,
-    )
+    def __str__(self) -> str:
+        threads = f", {self.threads} threads" if self.device.type == "cpu" else ""
+        return f"{self.name}{threads}, {str(self.dtype).removeprefix('torch.')}"
 
 
 def best_seconds(call: Callable[[], object], device: torch.device, repetitions: int) -> float:
-    """Shortest time in seconds of one `call`, of which the first, untimed, warms up."""
-    call()
+    """Shortest time in seconds of one `call`: nothing but noise makes one slower."""
     times = []
     for _ in range(repetitions):
         synchronize(device)

@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from machine import synchronize
+from machine import Limits, Machine, synchronize
 
-SHORTEST_REPETITION = 0.25  # seconds; shorter calls are repeated this long
+SHORTEST_REPETITION = 1.0  # seconds; shorter calls are repeated this long, as steps of a generation are
 
 
 @dataclass(frozen=True)
@@ -28,18 +29,29 @@ class Measurement:
     extra_bytes: int
 
 
+class Comparison(NamedTuple):
+    """Two implementations, and the machine's limits meanwhile."""
+
+    ours: Measurement
+    theirs: Measurement
+    limits: Limits
+
+
 def alternate(
-    ours: Callable[[], object], theirs: Callable[[], object], repetitions: int, device: torch.device
-) -> tuple[Measurement, Measurement]:
-    """Measures `ours` and `theirs` in turn, `repetitions` times. The caller has warmed both up."""
-    seconds, extra = ([], []), ([], [])
+    ours: Callable[[], object], theirs: Callable[[], object], repetitions: int, machine: Machine
+) -> Comparison:
+    """Measures `ours`, `theirs` and the limits of `machine` in turn, `repetitions` times. The caller has warmed both
+    up."""
+    sides, limits = ([], []), []
     for _ in range(repetitions):
-        for side, call in enumerate((ours, theirs)):
-            once = measure(call, device)
-            seconds[side].append(once.seconds)
-            extra[side].append(once.extra_bytes)
-    mine, other = (Measurement(statistics.median(seconds[side]), max(extra[side])) for side in (0, 1))
-    return mine, other
+        for side, call in zip(sides, (ours, theirs), strict=True):
+            side.append(measure(call, machine.device))
+        limits.append(machine.measure_limits())
+    medians = (
+        Measurement(statistics.median(once.seconds for once in side), max(once.extra_bytes for once in side))
+        for side in sides
+    )
+    return Comparison(*medians, Limits.median(limits))
 
 
 def measure(call: Callable[[], object], device: torch.device) -> Measurement:

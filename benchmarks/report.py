@@ -8,7 +8,7 @@ import matplotlib
 import torch
 import transformers
 from machine import Machine
-from results import Result, Setup
+from results import Result
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -39,10 +39,9 @@ class Report:
         self.path = RESULTS / f"{machine.slug}.json"
         self.cases: dict[str, dict] = json.loads(self.path.read_text()) if self.path.exists() else {}
 
-    def add(self, result: Result, setup: Setup) -> None:
+    def add(self, result: Result) -> None:
         """Takes `result` in and rewrites all files, so that an interrupted run keeps what it has measured."""
         run = {
-            "machine": setup.machine.as_dict(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M"),
@@ -57,11 +56,10 @@ class Report:
     def as_markdown(self) -> str:
         """The table, and below it the notes and the machine's limits."""
         cases = self.cases.values()
-        limits = [case["run"]["machine"] for case in cases]
+        limits = [case["limits"] for case in cases if case["limits"]]
         runs = {f"torch {case['run']['torch']}, transformers {case['run']['transformers']}" for case in cases}
         lines = [
-            f"# {self.machine.name}, {self.machine.dtype}"
-            + (f", {self.machine.threads} threads" * (self.machine.device == "cpu")),
+            f"# {self.machine}",
             "",
             f"{'; '.join(sorted(runs))}. Limits measured with the rows: matrix product "
             f"{span([limit['flops_per_second'] / 1e9 for limit in limits])} GFLOP/s, weight streaming "

@@ -1,10 +1,12 @@
 """What a row is run with and what it gives."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from machine import Machine
-from measuring import Measurement
+from machine import Limits, Machine
+from measuring import Comparison
+from work import Work
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Result:
     - `ratio`: how many times faster ours is; for memory, ours / theirs.
     - `of_limit`: the least time (or memory) possible on this machine over ours: 1 is perfect.
     - `difference`: relative difference of the two models' outputs, checked before timing.
+    - `limits`: the machine's, measured in alternation with the two.
     - `length`: context or prompt length in tokens, where the plots need it.
     - `ours_extra_bytes`, `theirs_extra_bytes`: peak memory of a call beyond what was held before it.
     """
@@ -56,6 +59,7 @@ class Result:
     of_limit: float | None = None
     target: Target | None = None
     difference: float | None = None
+    limits: Limits | None = None
     length: int | None = None
     ours_extra_bytes: int | None = None
     theirs_extra_bytes: int | None = None
@@ -70,14 +74,16 @@ class Result:
         return {**asdict(self), "target": self.target and str(self.target), "target_met": met}
 
 
-def timed(tokens: int, ours: Measurement, theirs: Measurement, limit_seconds: float, **fields) -> Result:
-    """The result of a timed case that processes `tokens` tokens a call."""
+def timed(tokens: int, compared: Comparison, work: Sequence[Work], **fields) -> Result:
+    """The result of a timed case that processes `tokens` tokens a call, in phases that cannot do without `work`."""
+    ours, theirs, limits = compared
     return Result(
         unit="tok/s",
         ours=tokens / ours.seconds,
         theirs=tokens / theirs.seconds,
         ratio=theirs.seconds / ours.seconds,
-        of_limit=limit_seconds / ours.seconds,
+        of_limit=limits.seconds(*work) / ours.seconds,
+        limits=limits,
         ours_extra_bytes=ours.extra_bytes,
         theirs_extra_bytes=theirs.extra_bytes,
         **fields,

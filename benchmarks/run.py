@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from machine import measure_machine
+from machine import Machine
 from models import ALL_LAYERS
 from report import HEADER, Report, table_row
 from results import Result, Setup
@@ -62,11 +62,12 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if on_gpu else "float32"))
     layers = arguments.layers or (ALL_LAYERS if on_gpu else None)
 
-    machine = measure_machine(device, dtype)
+    machine = Machine(device, dtype)
+    limits = machine.measure_limits()
     setup = Setup(machine, device, dtype, layers, arguments.repetitions)
     print(
-        f"{machine.name}, {machine.dtype}: {machine.flops_per_second / 1e9:.0f} GFLOP/s in matrix products, "
-        f"{machine.bytes_per_second / 1e9:.1f} GB/s reading weights",
+        f"{machine}: {limits.flops_per_second / 1e9:.0f} GFLOP/s in matrix products, "
+        f"{limits.bytes_per_second / 1e9:.1f} GB/s reading weights",
         flush=True,
     )
     report = Report(machine)
@@ -74,7 +75,7 @@ def main() -> None:
         start = time.perf_counter()
         print(f"{row} …", flush=True)
         for result in ROWS[row](setup):
-            report.add(result, setup)
+            report.add(result)
             cells = table_row(result.as_dict())
             print("; ".join(f"{name} {cell}" for name, cell in zip(HEADER, cells, strict=True) if cell), flush=True)
         gc.collect()  # the row's models, before the next row builds its own

@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from deepseek_hf.configuration.configuration_deepseek import DeepseekConfig, MultiHeadLatentAttentionConfig
 
 from .causal_mask import QUERY_BLOCK, QueryBlockMasks, query_blocks
-from .onednn import batched_product
+from .onednn import attention_scores, weighted_sum
 from .projection import project
 from .rotary import apply_rotary, softmax_scale
 
@@ -245,7 +245,7 @@ class MultiHeadLatentAttention(nn.Module):
         ):
             # All heads share the keys, so heads and queries together are the rows of one product.
             scores = sum(
-                batched_product(query[:, :, start:end].flatten(1, 2), key[:, :visible].transpose(1, 2))
+                attention_scores(query[:, :, start:end].flatten(1, 2), key[:, :visible])
                 for query, key in ((q_latent, latent), (q_rope, k_rope))
             ).unflatten(1, (H, -1))  # [B, H, T, S], of the block
             if mask is not None and mask.dtype == torch.bool:
@@ -253,7 +253,7 @@ class MultiHeadLatentAttention(nn.Module):
             elif mask is not None:
                 scores = scores + mask
             weights = scores.softmax(dim=-1, dtype=torch.float32).to(q_nope.dtype)
-            contexts.append(batched_product(weights.flatten(1, 2), latent[:, :visible]).unflatten(1, (H, -1)))
+            contexts.append(weighted_sum(weights.flatten(1, 2), latent[:, :visible]).unflatten(1, (H, -1)))
         context = torch.cat(contexts, dim=2)  # [B, H, T, C]
         output = (context @ w_uv.transpose(1, 2)).transpose(1, 2)
         if not gives_weights:

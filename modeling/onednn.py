@@ -1,6 +1,7 @@
 """Matrix products on a CPU, in float32, by oneDNN.
 
-Shapes: n tokens, I and O a weight's input and output widths; B batch.
+Shapes: n tokens, I and O a weight's input and output widths; B batch, S cached
+tokens, C their width.
 
 torch multiplies float32 matrices by MKL and all other types by oneDNN. A decoding step and an expert multiply few rows,
 and for those oneDNN's float32 kernels are the faster ones too; `benchmarks/` has the figures. torch offers them to its
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 
 # Multiplications below which oneDNN's preparation of a product, some 30 µs, takes longer than it saves.
 SMALLEST_PRODUCT = 2**20
+KEY_BLOCK = 256  # cached tokens
 
 
 class _Linear(torch.autograd.Function):
@@ -49,15 +51,31 @@ def linear(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return _Linear.apply(states, weight) if _needs_gradient(states, weight) else _product(states, weight)
 
 
-def batched_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """`torch.bmm` of `left` [B, n, I] and `right` [B, I, O] → [B, n, O]. MKL's is the faster one for several rows."""
-    if (
-        left.shape[0] != 1
-        or _needs_gradient(left, right)
-        or not _is_for_onednn(left, right, left.numel() * right.shape[2])
-    ):
-        return torch.bmm(left, right)
-    return _product(left[0], right[0].t()).unsqueeze(0)
+def attention_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """`queries` [B, n, C] · `keys` [B, S, C] → [B, n, S]."""
+    whole = _blocks_for_onednn(queries, keys, queries.numel() * keys.shape[1])
+    if not whole:
+        return queries @ keys.mT
+    scores = _product(queries[0], keys[0, :whole]).unsqueeze(0)
+    return torch.cat([scores, queries @ keys[:, whole:].mT], dim=-1) if whole < keys.shape[1] else scores
+
+
+def weighted_sum(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`weights` [B, n, S] · `values` [B, S, C] → [B, n, C]."""
+    whole = _blocks_for_onednn(weights, values, weights.numel() * values.shape[2])
+    if not whole:
+        return weights @ values
+    output = _product(weights[0, :, :whole], values[0, :whole].t()).unsqueeze(0)
+    return torch.baddbmm(output, weights[:, :, whole:], values[:, whole:]) if whole < values.shape[1] else output
+
+
+def _blocks_for_onednn(left: torch.Tensor, cached: torch.Tensor, multiplications: int) -> int:
+    """How many of the tokens in `cached` [B, S, C] oneDNN should multiply with: whole blocks, as it compiles a kernel
+    for each shape that it meets, and S is another in every step. For several rows, MKL's batches are the faster ones.
+    """
+    if cached.shape[0] != 1 or _needs_gradient(left, cached) or not _is_for_onednn(left, cached[0], multiplications):
+        return 0
+    return cached.shape[1] // KEY_BLOCK * KEY_BLOCK
 
 
 def _needs_gradient(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -44,12 +44,10 @@ def run(setup: Setup) -> Iterator[Result]:
     token = random_tokens(pair, 1, 1)
     steps = [partial(static_step, model, token, cache) for model in (compiled, pair.ours)]
     difference = assert_agreement("compiled decode", steps[0](), steps[1](), setup.dtype)
-    fast, plain = alternate(*steps, repetitions, setup.device)
     yield timed(
         1,
-        fast,
-        plain,
-        setup.machine.limit_seconds(*decode_work(pair, 1, CONTEXT)),
+        alternate(*steps, repetitions, setup.machine),
+        decode_work(pair, 1, CONTEXT),
         row="compiled",
         case=f"decode, static cache of {CONTEXT}",
         layers=layers,
@@ -64,7 +62,7 @@ def run(setup: Setup) -> Iterator[Result]:
     tokens = random_tokens(pair, 1, TRAINED_TOKENS)
     steps = [partial(training_step, model, tokens) for model in (compiled, pair.ours)]
     difference = assert_agreement("compiled training", steps[0](), steps[1](), setup.dtype)
-    fast, plain = alternate(*steps, repetitions, setup.device)
+    fast, plain, limits = alternate(*steps, repetitions, setup.machine)
     yield Result(
         row="compiled",
         case=f"training step of {TRAINED_TOKENS} tokens, frozen experts",
@@ -73,6 +71,7 @@ def run(setup: Setup) -> Iterator[Result]:
         ours=TRAINED_TOKENS / fast.seconds,
         theirs=TRAINED_TOKENS / plain.seconds,
         ratio=plain.seconds / fast.seconds,
+        limits=limits,
         difference=difference,
         note="beside it not transformers but the same step of ours, uncompiled",
     )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from measuring import Measurement, alternate
+from measuring import Comparison, alternate
 from models import Pair, assert_agreement, build_pair, filled_caches, random_tokens
 from results import Result, Setup, Target, timed
 from transformers import PreTrainedModel
@@ -23,8 +23,8 @@ def decode_step(model: PreTrainedModel, token: torch.Tensor, cache: Cache) -> to
     return model(token, past_key_values=cache, use_cache=True).logits
 
 
-def measure_decode(setup: Setup, pair: Pair, batch: int, context: int) -> tuple[Measurement, Measurement, float]:
-    """Our step, transformers' step, and the relative difference of the logits.
+def measure_decode(setup: Setup, pair: Pair, batch: int, context: int) -> tuple[Comparison, float]:
+    """Our step against transformers', and the relative difference of the logits.
 
     The checked step also warms up, and grows our cache by the block that the timed steps then fill: a context is
     `context` tokens at first, and some tens more at the end.
@@ -35,8 +35,7 @@ def measure_decode(setup: Setup, pair: Pair, batch: int, context: int) -> tuple[
     step_theirs = partial(decode_step, pair.theirs, token, their_cache)
     what = f"decode, batch {batch}, context {context}"
     difference = assert_agreement(what, step_ours(), step_theirs(), setup.dtype)
-    ours, theirs = alternate(step_ours, step_theirs, setup.repetitions or REPETITIONS, setup.device)
-    return ours, theirs, difference
+    return alternate(step_ours, step_theirs, setup.repetitions or REPETITIONS, setup.machine), difference
 
 
 def decode_work(pair: Pair, batch: int, context: int) -> tuple[Work, Work]:
@@ -51,12 +50,11 @@ def run_contexts(setup: Setup) -> Iterator[Result]:
     pair = build_pair(layers, setup.device, setup.dtype)
     measured = {}
     for context, target in TARGET_AT.items():
-        ours, theirs, difference = measured[context] = measure_decode(setup, pair, 1, context)
+        measured[context], difference = measure_decode(setup, pair, 1, context)
         yield timed(
             1,
-            ours,
-            theirs,
-            setup.machine.limit_seconds(*decode_work(pair, 1, context)),
+            measured[context],
+            decode_work(pair, 1, context),
             row="decode",
             case=f"batch 1, context {context}",
             layers=layers,
@@ -66,19 +64,21 @@ def run_contexts(setup: Setup) -> Iterator[Result]:
         )
 
     shortest, longest = min(TARGET_AT), max(TARGET_AT)
-    active_bytes = weights(pair.ours, pair.config, 1).bytes
+    active_bytes, short, long = weights(pair.ours, pair.config, 1).bytes, measured[shortest], measured[longest]
     yield Result(
         row="decode",
         case=f"active weights read, context {shortest}",
         unit="GB/s",
         layers=layers,
-        ours=active_bytes / measured[shortest][0].seconds / 1e9,
-        theirs=active_bytes / measured[shortest][1].seconds / 1e9,
-        of_limit=active_bytes / setup.machine.bytes_per_second / measured[shortest][0].seconds,
+        ours=active_bytes / short.ours.seconds / 1e9,
+        theirs=active_bytes / short.theirs.seconds / 1e9,
+        of_limit=active_bytes / short.limits.bytes_per_second / short.ours.seconds,
+        limits=short.limits,
         target=Target(STREAMING_TARGET, of="of_limit"),
         note=f"{active_bytes / 1e6:.0f} MB of active weights a token",
     )
-    ours_grown, theirs_grown = (measured[longest][side].seconds - measured[shortest][side].seconds for side in (0, 1))
+    ours_grown = long.ours.seconds - short.ours.seconds
+    theirs_grown = long.theirs.seconds - short.theirs.seconds
     attention = latent_attention(pair.config, 1, longest - shortest, pair.ours.dtype.itemsize)
     yield Result(
         row="decode",
@@ -88,7 +88,8 @@ def run_contexts(setup: Setup) -> Iterator[Result]:
         ours=ours_grown * 1e3,
         theirs=theirs_grown * 1e3,
         ratio=theirs_grown / ours_grown,
-        of_limit=setup.machine.limit_seconds(attention) / ours_grown,
+        of_limit=long.limits.seconds(attention) / ours_grown,
+        limits=long.limits,
         note="limit: attention over C + R values a token and layer, and nothing else",
     )
 
@@ -97,12 +98,11 @@ def run_batch(setup: Setup) -> Iterator[Result]:
     """A batch of rows at a middling context."""
     layers = setup.layers or LAYERS
     pair = build_pair(layers, setup.device, setup.dtype)
-    ours, theirs, difference = measure_decode(setup, pair, BATCH, BATCH_CONTEXT)
+    compared, difference = measure_decode(setup, pair, BATCH, BATCH_CONTEXT)
     yield timed(
         BATCH,
-        ours,
-        theirs,
-        setup.machine.limit_seconds(*decode_work(pair, BATCH, BATCH_CONTEXT)),
+        compared,
+        decode_work(pair, BATCH, BATCH_CONTEXT),
         row="decode-batch",
         case=f"batch {BATCH}, context {BATCH_CONTEXT}",
         layers=layers,

@@ -223,7 +223,7 @@ def run_loss(setup: Setup) -> Iterator[Result]:
         difference = abs(ours().item() / naive().item() - 1)
         if difference > 1e-2:
             raise AssertionError(f"chunked and naive loss differ by {difference:.1e}")
-        chunked_way, naive_way = alternate(ours, naive, setup.repetitions or 1, setup.device)
+        chunked_way, naive_way, limits = alternate(ours, naive, setup.repetitions or 1, setup.machine)
         yield Result(
             row="mtp-loss",
             case=f"D = {depth}, {LOSS_TOKENS} tokens, {VOCABULARY} words, extra memory",
@@ -232,6 +232,7 @@ def run_loss(setup: Setup) -> Iterator[Result]:
             ours=chunked_way.extra_bytes / 1e9,
             ratio=chunked_way.extra_bytes / naive_way.extra_bytes,
             target=Target(MEMORY_TARGET, at_most=True),
+            limits=limits,
             difference=difference,
             note=f"ratio to the logits of all positions at once, {naive_way.extra_bytes / 1e9:.1f} GB; a step takes "
             f"{chunked_way.seconds / naive_way.seconds:.2f} of their time",

@@ -53,13 +53,11 @@ def run(setup: Setup) -> Iterator[Result]:
     tokens = random_tokens(pair, 1, TOKENS)
     repetitions = setup.repetitions or REPETITIONS
     on_experts, on_attention = (partial(step_with, ours, adapter, tokens) for adapter in ("experts", "attention"))
-    mine, other = alternate(on_experts, partial(step_with, theirs, "experts", tokens), repetitions, setup.device)
-    limit = setup.machine.limit_seconds(*work)
+    compared = alternate(on_experts, partial(step_with, theirs, "experts", tokens), repetitions, setup.machine)
     yield timed(
         TOKENS,
-        mine,
-        other,
-        limit,
+        compared,
+        work,
         row="expert-lora",
         case=f"{TOKENS} tokens, r = 8 on the routed experts",
         layers=layers,
@@ -71,17 +69,15 @@ def run(setup: Setup) -> Iterator[Result]:
         case=f"{TOKENS} tokens, extra memory",
         unit="GB",
         layers=layers,
-        ours=mine.extra_bytes / 1e9,
-        theirs=other.extra_bytes / 1e9,
-        ratio=mine.extra_bytes / other.extra_bytes,
+        ours=compared.ours.extra_bytes / 1e9,
+        theirs=compared.theirs.extra_bytes / 1e9,
+        ratio=compared.ours.extra_bytes / compared.theirs.extra_bytes,
         target=Target(MEMORY_TARGET, at_most=True),
     )
-    mine, attention = alternate(on_experts, on_attention, repetitions, setup.device)
     yield timed(
         TOKENS,
-        mine,
-        attention,
-        limit,
+        alternate(on_experts, on_attention, repetitions, setup.machine),
+        work,
         row="expert-lora",
         case=f"{TOKENS} tokens, against attention-only LoRA",
         layers=layers,

@@ -26,12 +26,11 @@ def run(setup: Setup) -> Iterator[Result]:
             partial(mlp.experts, hidden, topk_index, topk_weight) for mlp in (our_mlp, their_mlp)
         )
         difference = assert_agreement(f"experts, {tokens} tokens", forward_ours(), forward_theirs(), setup.dtype)
-        ours, theirs = alternate(forward_ours, forward_theirs, setup.repetitions or REPETITIONS, setup.device)
+        compared = alternate(forward_ours, forward_theirs, setup.repetitions or REPETITIONS, setup.machine)
         yield timed(
             tokens,
-            ours,
-            theirs,
-            setup.machine.limit_seconds(weights(our_mlp.experts, pair.config, tokens)),
+            compared,
+            [weights(our_mlp.experts, pair.config, tokens)],
             row="experts",
             case=f"{tokens} tokens",
             layers=1,

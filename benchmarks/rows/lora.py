@@ -64,17 +64,16 @@ def run(setup: Setup) -> Iterator[Result]:
     ours_adapted, theirs_adapted = adapted(pair)
     difference = check_lora(ours_adapted, theirs_adapted, random_tokens(pair, 1, CHECKED_TOKENS), setup.dtype)
     tokens = random_tokens(pair, 1, TOKENS)
-    ours, theirs = alternate(
+    compared = alternate(
         partial(lora_step, ours_adapted, tokens),
         partial(lora_step, theirs_adapted, tokens),
         setup.repetitions or REPETITIONS,
-        setup.device,
+        setup.machine,
     )
     yield timed(
         TOKENS,
-        ours,
-        theirs,
-        setup.machine.limit_seconds(*work),
+        compared,
+        work,
         row="lora",
         case=f"{TOKENS} tokens, attention projections",
         layers=layers,
@@ -86,8 +85,8 @@ def run(setup: Setup) -> Iterator[Result]:
         case=f"{TOKENS} tokens, extra memory",
         unit="GB",
         layers=layers,
-        ours=ours.extra_bytes / 1e9,
-        theirs=theirs.extra_bytes / 1e9,
-        ratio=ours.extra_bytes / theirs.extra_bytes,
+        ours=compared.ours.extra_bytes / 1e9,
+        theirs=compared.theirs.extra_bytes / 1e9,
+        ratio=compared.ours.extra_bytes / compared.theirs.extra_bytes,
         target=Target(MEMORY_TARGET, at_most=True),
     )

@@ -7,7 +7,7 @@ from multiprocessing import get_context
 from typing import NamedTuple
 
 import torch
-from measuring import Measurement, alternate, limit_memory, measure, peak_bytes
+from measuring import Comparison, Measurement, alternate, limit_memory, measure, peak_bytes
 from models import Pair, assert_agreement, build_pair, random_tokens
 from results import Result, Setup, Target, timed
 from transformers import PreTrainedModel
@@ -49,17 +49,16 @@ def run(setup: Setup) -> Iterator[Result]:
     difference = check_prefill(pair, setup.dtype)
     for length, target in TARGET_AT.items():
         tokens = random_tokens(pair, 1, length)
-        ours, theirs = alternate(
+        compared = alternate(
             partial(prefill, pair.ours, tokens),
             partial(prefill, pair.theirs, tokens),
             setup.repetitions or REPETITIONS,
-            setup.device,
+            setup.machine,
         )
         yield timed(
             length,
-            ours,
-            theirs,
-            setup.machine.limit_seconds(*prefill_work(pair, length)),
+            compared,
+            prefill_work(pair, length),
             row="prefill",
             case=f"{length} tokens",
             layers=layers,
@@ -118,16 +117,18 @@ def run_long(setup: Setup) -> Iterator[Result]:
         "length": LONG_PROMPT,
         "note": f"peak memory of the process: ours {ours.peak_bytes / 1e9:.1f} GB",
     }
-    limit_seconds = setup.machine.limit_seconds(*ours.work)
+    limits = setup.machine.measure_limits()
     if theirs.measurement is not None:
         fields["note"] += f", transformers {theirs.peak_bytes / 1e9:.1f} GB"
-        yield timed(LONG_PROMPT, ours.measurement, theirs.measurement, limit_seconds, **fields)
+        compared = Comparison(ours.measurement, theirs.measurement, limits)
+        yield timed(LONG_PROMPT, compared, ours.work, **fields)
         return
     fields["note"] += f"; transformers fails within {MEMORY_LIMIT / 1e9:.0f} GB: {theirs.failure}"
     yield Result(
         unit="tok/s",
         ours=LONG_PROMPT / ours.measurement.seconds,
-        of_limit=limit_seconds / ours.measurement.seconds,
+        of_limit=limits.seconds(*ours.work) / ours.measurement.seconds,
+        limits=limits,
         ours_extra_bytes=ours.measurement.extra_bytes,
         **fields,
     )

@@ -42,7 +42,7 @@ def run(setup: Setup) -> Iterator[Result]:
             forms.reverse()
         what = f"{queries} queries on {CONTEXT} keys"
         difference = assert_agreement(what, forms[0]()[0], forms[1]()[0], setup.dtype)
-        chosen, other = alternate(*forms, setup.repetitions or REPETITIONS, setup.device)
+        chosen, other, limits = alternate(*forms, setup.repetitions or REPETITIONS, setup.machine)
         yield Result(
             row="switch-point",
             case=f"{what}, {'absorbed' if attention.absorbing_is_cheaper(queries, CONTEXT) else 'expanded'}",
@@ -51,6 +51,7 @@ def run(setup: Setup) -> Iterator[Result]:
             ours=chosen.seconds * 1e3,
             ratio=other.seconds / chosen.seconds,
             target=TARGET,
+            limits=limits,
             difference=difference,
             note=f"ratio: the other form's {other.seconds * 1e3:.1f} ms over the chosen one's",
         )

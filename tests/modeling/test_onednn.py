@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from deepseek_hf.modeling.onednn import SMALLEST_PRODUCT, batched_product, linear
+from deepseek_hf.modeling.onednn import KEY_BLOCK, SMALLEST_PRODUCT, attention_scores, linear, weighted_sum
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-5}
 
@@ -54,18 +54,21 @@ def test_second_gradient():
 
 
 @pytest.mark.parametrize("batch", [0, 1, 2])
+@pytest.mark.parametrize("length", [200, 3 * KEY_BLOCK, 3 * KEY_BLOCK + 1])
 @pytest.mark.parametrize("dense", [True, False])
 @torch.no_grad()
-def test_equals_torch_bmm(batch, dense):
-    """In both of attention's products, by keys [B, S, 300] or by what there is room for of them."""
+def test_attention_products(batch, length, dense):
+    """Also of keys that are a part of wider ones."""
     torch.manual_seed(0)
-    keys = torch.randn(batch, 300, 300 if dense else 320)[..., :300]
-    queries = torch.randn(batch, 16, 300)
-    for right in (keys, keys.mT):
-        torch.testing.assert_close(batched_product(queries, right), torch.bmm(queries, right), **TOLERANCE)
+    keys = torch.randn(batch, length, 300 if dense else 320)[..., :300]
+    queries, weights = torch.randn(batch, 16, 300), torch.randn(batch, 16, length)
+    torch.testing.assert_close(attention_scores(queries, keys), queries @ keys.mT, **TOLERANCE)
+    torch.testing.assert_close(weighted_sum(weights, keys), weights @ keys, **TOLERANCE)
 
 
-def test_batched_product_has_gradients():
-    queries, keys = torch.randn(1, 16, 300, requires_grad=True), torch.randn(1, 300, 300)
-    batched_product(queries, keys).sum().backward()
-    torch.testing.assert_close(queries.grad, keys.sum(-1).expand_as(queries), **TOLERANCE)
+def test_attention_products_have_gradients():
+    queries, weights = torch.randn(1, 16, 300, requires_grad=True), torch.randn(1, 16, KEY_BLOCK, requires_grad=True)
+    keys = torch.randn(1, KEY_BLOCK, 300)
+    (attention_scores(queries, keys).sum() + weighted_sum(weights, keys).sum()).backward()
+    torch.testing.assert_close(queries.grad, keys.sum(1, keepdim=True).expand_as(queries), **TOLERANCE)
+    torch.testing.assert_close(weights.grad, keys.sum(2).unsqueeze(1).expand_as(weights), **TOLERANCE)
