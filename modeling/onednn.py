@@ -1,7 +1,6 @@
 """Matrix products on a CPU, in float32, by oneDNN.
 
-Shapes: n tokens, I and O a weight's input and output widths; B batch, S cached
-tokens, C their width.
+Shapes: n tokens, I and O a weight's input and output widths; B batch, S cached tokens, C their width.
 
 torch multiplies float32 matrices by MKL and all other types by oneDNN. A decoding step and an expert multiply few rows,
 and for those oneDNN's float32 kernels are the faster ones too; `benchmarks/` has the figures. torch offers them to its
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 # Multiplications below which oneDNN's preparation of a product, some 30 µs, takes longer than it saves.
 SMALLEST_PRODUCT = 2**20
 KEY_BLOCK = 256  # cached tokens
+HAS_OPERATOR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class _Linear(torch.autograd.Function):
@@ -37,11 +37,21 @@ class _Linear(torch.autograd.Function):
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`left` [n, I] · `right` [O, I]ᵀ, without gradients."""
+    if torch.compiler.is_compiling():
+        return _compiled_product(left, right)
     return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
 
 
-def _has_operator() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+@torch.library.custom_op("deepseek_hf::onednn_product", mutates_args=())
+def _compiled_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`_product` as the compiler can take it, which wants the operator itself with packed weights only."""
+    return torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+
+
+@_compiled_product.register_fake
+def _(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return left.new_empty(left.shape[0], right.shape[0])
 
 
 def linear(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -89,7 +99,6 @@ def _is_for_onednn(left: torch.Tensor, right: torch.Tensor, multiplications: int
         and multiplications >= SMALLEST_PRODUCT
         and (right.is_contiguous() or right.mT.is_contiguous())  # for others oneDNN has no fast kernel
         and not torch.is_autocast_enabled("cpu")  # it would have torch compute in bfloat16
-        and not torch.compiler.is_compiling()
         and torch.backends.mkldnn.enabled
-        and _has_operator()
+        and HAS_OPERATOR
     )

@@ -41,6 +41,17 @@ def test_other_types_are_left_to_torch():
         torch.testing.assert_close(linear(*given), F.linear(*given), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("recording", [False, True])
+def test_compiled(recording):
+    states = torch.randn(SMALLEST_PRODUCT // (140 * 300) + 1, 300, requires_grad=recording)
+    weight = torch.randn(140, 300)
+    found, expected = torch.compile(linear, fullgraph=True)(states, weight), F.linear(states, weight)
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+    if recording:
+        gradients = [torch.autograd.grad(output.sum(), states)[0] for output in (found, expected)]
+        torch.testing.assert_close(*gradients, **TOLERANCE)
+
+
 def test_second_gradient():
     """A gradient that itself is to be differentiated, as a penalty on it is."""
     torch.manual_seed(0)
