@@ -25,12 +25,14 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        states, weight = inputs
+        # As in torch's own products, a frozen weight keeps nothing alive: it needs no gradient made of the states.
+        ctx.save_for_backward(states if ctx.needs_input_grad[1] else None, weight)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         states, weight = ctx.saved_tensors
-        of_states, of_weight = ctx.needs_input_grad  # a frozen weight needs none of its own
+        of_states, of_weight = ctx.needs_input_grad
         # The operator has no gradient, which a gradient's gradient (`create_graph`) would need.
         multiply = F.linear if torch.is_grad_enabled() else _product
         return multiply(gradient, weight.t()) if of_states else None, gradient.t() @ states if of_weight else None

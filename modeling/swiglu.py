@@ -15,17 +15,19 @@ class _GatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
+        return F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient * up, gate), gradient * F.silu(gate)
+        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
 
 
 def gated_activation(act_fn: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """act_fn(gate) · up, of tensors of one shape."""
-    if isinstance(act_fn, SiLUActivation) and torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+    if not torch.is_grad_enabled() or not (gate.requires_grad or up.requires_grad):
+        return act_fn(gate).mul_(up)  # in place: memory of this size costs as much to get as to fill
+    if isinstance(act_fn, SiLUActivation):
         return _GatedSiLU.apply(gate, up)
     return act_fn(gate) * up
