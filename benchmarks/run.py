@@ -17,7 +17,7 @@ from machine import Machine
 from models import ALL_LAYERS
 from report import HEADER, Report, table_row
 from results import Result, Setup
-from rows import cache, compiled, decode, drafting, expert_lora, experts, lora, prefill, switch_point
+from rows import cache, cache_agreement, compiled, decode, drafting, expert_lora, experts, lora, prefill, switch_point
 
 ROWS: dict[str, Callable[[Setup], Iterator[Result]]] = {
     "decode": decode.run_contexts,
@@ -28,6 +28,7 @@ ROWS: dict[str, Callable[[Setup], Iterator[Result]]] = {
     "expert-lora": expert_lora.run,
     "experts": experts.run,
     "cache": cache.run,
+    "cache-agreement": cache_agreement.run,
     "switch-point": switch_point.run,
     "compiled": compiled.run,
     "drafting-tiny": drafting.run_tiny,

@@ -28,7 +28,7 @@ from deepseek_hf.configuration.configuration_deepseek import DeepseekConfig, Mul
 
 from .causal_mask import QUERY_BLOCK, QueryBlockMasks, query_blocks
 from .onednn import attention_scores, weighted_sum
-from .projection import project
+from .projection import effective_weight, project
 from .rotary import apply_rotary, softmax_scale
 
 # The published code leaves the epsilon of the two latent norms at this value, whatever `rms_norm_eps` says.
@@ -167,10 +167,12 @@ class MultiHeadLatentAttention(nn.Module):
         if past_key_values is not None:
             latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
 
-        if self._can_absorb() and self.absorbing_is_cheaper(q_nope.shape[2], latent.shape[2]):
-            output, weights = self.attend_absorbed(q_nope, q_rope, latent, k_rope, attention_mask)
-        else:
+        absorbs = self._can_absorb() and self.absorbing_is_cheaper(q_nope.shape[2], latent.shape[2])
+        kv_b_weight = effective_weight(self.kv_b_proj) if absorbs else None
+        if kv_b_weight is None:
             output, weights = self.attend_expanded(q_nope, q_rope, latent, k_rope, attention_mask, **kwargs)
+        else:
+            output, weights = self.attend_absorbed(q_nope, q_rope, latent, k_rope, attention_mask, kv_b_weight)
         return project(self.o_proj, output.flatten(2)), weights
 
     def queries(
@@ -227,13 +229,15 @@ class MultiHeadLatentAttention(nn.Module):
         latent: torch.Tensor,
         k_rope: torch.Tensor,
         attention_mask: torch.Tensor | QueryBlockMasks | None,
+        kv_b_weight: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """W_UK absorbed into the query and W_UV into the output; nothing is expanded (DeepSeek-V2 §2.1.2).
+        """W_UK absorbed into the query and W_UV into the output; nothing is expanded (DeepSeek-V2 §2.1.2). The two lie
+        in `kv_b_weight` [H·(N + V), C].
 
         → `(output [B, T, H, V], weights [B, H, T, S])`, the weights with "eager" attention only.
         """
         _, H, T, _ = q_nope.shape
-        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (H, -1)).split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        w_uk, w_uv = kv_b_weight.unflatten(0, (H, -1)).split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         q_latent = (q_nope * self.scaling) @ w_uk  # [B, H, T, N] @ [H, N, C] → [B, H, T, C]
         q_rope = q_rope * self.scaling
         latent, k_rope = latent.squeeze(1), k_rope.squeeze(1)  # [B, S, C], [B, S, R]
@@ -272,14 +276,7 @@ class MultiHeadLatentAttention(nn.Module):
         return absorbed < expanded
 
     def _can_absorb(self) -> bool:
-        """Absorbing reads `kv_b_proj.weight` itself, so that weight must be all there is to the projection and be here
-        whole: no adapter or quantised layer in its place, not offloaded, not sharded. Attention dropout and the
-        attention kernels of the paged and flash backends, which take their masks in other forms, need expanded keys."""
-        weight = self.kv_b_proj.weight
-        return (
-            type(self.kv_b_proj) is nn.Linear
-            and type(weight) is nn.Parameter
-            and not hasattr(self.kv_b_proj, "_hf_hook")
-            and not (self.training and self.attention_dropout)
-            and self.config._attn_implementation in ("eager", "sdpa")
-        )
+        """Attention dropout and the attention kernels of the paged and flash backends, which take their masks in other
+        forms, need expanded keys."""
+        dropout = self.training and self.attention_dropout
+        return not dropout and self.config._attn_implementation in ("eager", "sdpa")

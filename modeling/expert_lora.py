@@ -1,11 +1,12 @@
-"""LoRA on experts at the cost of its rank (Hu et al. 2021, arXiv 2106.09685): routed and shared ones, and dense MLPs.
+"""LoRA at the cost of its rank (Hu et al. 2021, arXiv 2106.09685): on routed experts above all.
 
 Shapes: E experts of one parameter, n tokens of one expert, R rank (of all active adapters together).
 
 PEFT adapts a bare parameter (`LoraConfig(target_parameters=["mlp.experts.gate_up_proj", ...])`) by a `ParamWrapper`
 around the module that holds it, one wrapper inside the other for several parameters. Called, they add the whole
 product B·A, as large as all experts' weights, to the parameter in every forward. Here they are asked for their factors
-only, and an expert computes W·x + B·(A·x). Whatever else a wrapper may be doing is left to PEFT.
+only, and an expert computes W·x + B·(A·x). So does a linear layer that PEFT has adapted. Whatever else a wrapper may be
+doing is left to PEFT.
 """
 
 from collections.abc import Sequence
@@ -80,33 +81,50 @@ def active_adapters(module: nn.Module) -> dict[str, LowRank]:
         factors = [_factors(module, name) for name in module.active_adapters if name in module.lora_A]
         if factors:  # several adapters' ranks beside each other are one adapter's
             a, b = zip(*factors, strict=True)
-            adapters[module.parameter_name] = LowRank(torch.cat(a, dim=-2), torch.cat(b, dim=-1))
+            name = getattr(module, "parameter_name", "weight")
+            adapters[name] = LowRank(torch.cat(a, dim=-2), torch.cat(b, dim=-1))
         module = module.base_layer
     return adapters if has_no_hooks(module) else {}
 
 
 def _factors(wrapper: nn.Module, adapter: str) -> LowRank:
-    parameter = wrapper.get_param()
-    if parameter.dim() == 3:
+    if hasattr(wrapper, "get_param") and wrapper.get_param().dim() == 3:
         b, a, scaling = wrapper.get_delta_factors(adapter)
     else:
-        a, b = (half[adapter].weight.to(parameter.dtype) for half in (wrapper.lora_A, wrapper.lora_B))
+        dtype = wrapper.get_base_layer().weight.dtype
+        a, b = (half[adapter].weight.to(dtype) for half in (wrapper.lora_A, wrapper.lora_B))
         scaling = wrapper.scaling[adapter]
     return LowRank(a, b * scaling)
 
 
 def _adds_product_only(wrapper: nn.Module) -> bool:
     # Read in PEFT 0.21.2, `tuners/lora/layer.py`; before 0.21 `get_delta_factors` did not exist.
-    from peft.tuners.lora import ParamWrapper  # PEFT is loaded by now; without it there would be no wrapper
+    from peft.tuners.lora import Linear, ParamWrapper  # PEFT is loaded by now; without it there would be no wrapper
 
+    if type(wrapper) is ParamWrapper:
+        adds = hasattr(wrapper, "get_delta_factors")
+        adds = adds and wrapper.get_param().dtype in (torch.float32, torch.bfloat16, torch.float16)
+    else:
+        adds = type(wrapper) is Linear and _is_plain(wrapper)
     return (
-        type(wrapper) is ParamWrapper
-        and hasattr(wrapper, "get_delta_factors")
+        adds
         and not wrapper.disable_adapters
         and not wrapper.merged
         and not wrapper.lora_variant
-        and wrapper.get_param().dtype in (torch.float32, torch.bfloat16, torch.float16)
         and has_no_hooks(wrapper)
+    )
+
+
+def _is_plain(wrapper: nn.Module) -> bool:
+    """Whether an adapted `nn.Linear` has none of the settings that an adapted parameter cannot have: dropout (at work),
+    a bias, a transposed weight, factors in another type than the weight's."""
+    names = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+    factors = [half[name].weight for half in (wrapper.lora_A, wrapper.lora_B) for name in names]
+    return (
+        not wrapper.fan_in_fan_out
+        and not any(wrapper.lora_bias.values())
+        and not (wrapper.training and any(type(layer) is not nn.Identity for layer in wrapper.lora_dropout.values()))
+        and all(factor.dtype == wrapper.get_base_layer().weight.dtype for factor in factors)
     )
 
 

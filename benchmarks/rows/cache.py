@@ -16,8 +16,8 @@ CONTEXT = 4096
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of all memory that the cache keeps alive, unused room included. Ours holds keys and values as views of one
-    buffer, which counts once."""
+    """Bytes of all memory that the cache keeps alive, unused room included. Views of
+    one buffer count once."""
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

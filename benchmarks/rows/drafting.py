@@ -4,11 +4,9 @@ The "transformers" column is empty here: what is compared with, in `ratio`, is t
 unchunked loss. transformers drafts with DeepSeek-V3's shape alone (61 layers, one MTP layer), for one row.
 """
 
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -16,14 +14,14 @@ import torch.nn.functional as F
 from measuring import alternate
 from models import ALL_LAYERS, CUT_VOCABULARY, V2_LITE, VOCABULARY
 from results import Result, Setup, Target
-from transformers import AutoTokenizer, PreTrainedModel
+from tiny import held_out_beginnings, tiny_model
+from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from deepseek_hf.configuration import DeepseekV2Config
-from deepseek_hf.modeling import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
+from deepseek_hf.modeling import DeepseekV2ForCausalLM
 from deepseek_hf.modeling.speculative import Draft, GenerationStatistics, SpeculativeDecoding
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES, PROMPT, NEW_TOKENS, REPETITIONS = 8, 128, 128, 3
 TOKENS_PER_FORWARD, FASTER = 1.5, 1.0  # targets, on the tiny model
 LAYERS, V2_LITE_PROMPT, V2_LITE_TOKENS = 4, 256, 32
@@ -63,22 +61,11 @@ def decode(
     return watch.seconds, output.sequences, output.get("statistics")
 
 
-def held_out_prompts() -> list[torch.Tensor]:
-    """The beginnings [1, T] of modules of the standard library that the tiny model was not trained on."""
-    sys.path.insert(0, str(EXAMPLES))
-    from stdlib_corpus import load_corpus
-
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny-deepseek-v3")
-    texts = [text for text in load_corpus().held_out.values() if len(text) > 8 * PROMPT]
-    return [tokenizer(text[: 8 * PROMPT], return_tensors="pt")["input_ids"][:, :PROMPT] for text in texts[:FILES]]
-
-
 def run_tiny(setup: Setup) -> Iterator[Result]:
     """The tiny pretrained model on code that it has not seen: acceptance, tokens a forward, speed."""
-    model = DeepseekV3ForCausalLM.from_pretrained(EXAMPLES / "tiny-deepseek-v3", dtype=setup.dtype).to(setup.device)
-    prompts = [prompt.to(setup.device) for prompt in held_out_prompts()]
+    model, prompts = tiny_model(setup), held_out_beginnings(setup, FILES, PROMPT)
     named = {"row": "drafting-tiny", "layers": model.config.num_hidden_layers}
-    decode(model.eval(), prompts[0], 8, None)
+    decode(model, prompts[0], 8, None)
     for num_draft_tokens in (1, 2, 3):
         total, seconds = GenerationStatistics(rows=len(prompts)), {None: 0.0, num_draft_tokens: 0.0}
         for prompt in prompts:

@@ -37,7 +37,10 @@ def run(setup: Setup) -> Iterator[Result]:
             random(1, CONTEXT, config.qk_rope_head_dim),
         )
         mask = torch.ones(1, 1, queries, CONTEXT, dtype=torch.bool, device=setup.device).tril(CONTEXT - queries)
-        forms = [partial(form, *tensors, mask) for form in (attention.attend_absorbed, attention.attend_expanded)]
+        forms = [
+            partial(attention.attend_absorbed, *tensors, mask, attention.kv_b_proj.weight),
+            partial(attention.attend_expanded, *tensors, mask),
+        ]
         if not attention.absorbing_is_cheaper(queries, CONTEXT):
             forms.reverse()
         what = f"{queries} queries on {CONTEXT} keys"

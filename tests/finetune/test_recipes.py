@@ -15,6 +15,7 @@ from deepseek_hf.finetune.esft import EXPERT_CONFIG_NAME, ExpertConfig, load_esf
 
 ROOT = Path(train.__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "finetune/recipes").glob("*.yaml"))
+BASE = ROOT / "examples/tiny-deepseek-v3"
 PER_EXPERT = {"expert_lora", "esft_lora"}
 
 
@@ -29,6 +30,13 @@ def excerpts(tmp_path_factory) -> dict[str, str]:
     return {f"{name}_file": str(folder / f"{name}.jsonl") for name in ("train", "eval")}
 
 
+def changed_tensors(checkpoint: Path) -> set[str]:
+    """The names of the tensors in which `checkpoint` differs from the base model."""
+    base, trained = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (BASE, checkpoint))
+    assert base.keys() == trained.keys()
+    return {key for key, tensor in base.items() if not torch.equal(tensor, trained[key])}
+
+
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.filterwarnings("ignore:lora_targets")
 def test_recipe_runs(name, excerpts, tmp_path, monkeypatch, capsys):
@@ -41,7 +49,8 @@ def test_recipe_runs(name, excerpts, tmp_path, monkeypatch, capsys):
     assert (metrics["eval_loss"] != metrics["eval_before_loss"]) == (name != "draft_head")
     printed = capsys.readouterr().out
 
-    base = AutoModelForCausalLM.from_pretrained("examples/tiny-deepseek-v3")
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    mtp_layer = f"model.layers.{base.config.num_hidden_layers}."
     is_esft = name.startswith("esft")
     assert (tmp_path / EXPERT_CONFIG_NAME).exists() == (tmp_path / "expert_scores.png").exists() == is_esft
     if is_esft:
@@ -49,12 +58,12 @@ def test_recipe_runs(name, excerpts, tmp_path, monkeypatch, capsys):
         assert f"ESFT trains {sum(map(len, chosen.experts.values()))} of " in printed
         load_esft(base, tmp_path)
     elif name == "draft_head":
-        trained = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
-        changed = {key for key, tensor in base.state_dict().items() if not torch.equal(tensor, trained[key])}
-        assert changed
-        assert all(key.startswith(f"model.layers.{base.config.num_hidden_layers}.") for key in changed)
+        changed = changed_tensors(tmp_path)
+        assert changed and all(key.startswith(mtp_layer) for key in changed)
     else:
-        PeftModel.from_pretrained(base, tmp_path)
+        PeftModel.from_pretrained(base, tmp_path).merge_and_unload().save_pretrained(tmp_path / "merged")
+        changed = changed_tensors(tmp_path / "merged")
+        assert changed and any(key.startswith(mtp_layer) for key in changed) == (name == "all_mtp_lora")
     assert ("in all:" in printed) == (name not in ("esft", "draft_head"))
     assert (tmp_path / "per_expert/adapter_model.safetensors").exists() == (name in PER_EXPERT)
     if name in PER_EXPERT:

@@ -87,7 +87,7 @@ def test_absorbed_equals_expanded(family, queries, keys, masked):
     additive = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
     expected, expected_weights = attention.attend_expanded(q_nope, q_rope, latent, k_rope, additive)
     mask = {None: None, "additive": additive, "boolean": allowed}[masked]
-    output, weights = attention.attend_absorbed(q_nope, q_rope, latent, k_rope, mask)
+    output, weights = attention.attend_absorbed(q_nope, q_rope, latent, k_rope, mask, attention.kv_b_proj.weight)
     assert output.shape == (B, queries, H, attention.v_head_dim)
     # A padding token's own row may attend to nothing; its output is of no use.
     rows = allowed.any(dim=-1).expand(B, H, queries)
@@ -107,7 +107,7 @@ def test_absorbed_equals_expanded_in_bfloat16(family):
     cached = [torch.randn(2, 1, 40, width).bfloat16() for width in widths]
     mask = torch.ones(2, 1, 3, 40, dtype=torch.bool).tril(37)
     mask[1, ..., :5] = False
-    absorbed, _ = attention.attend_absorbed(*queries, *cached, mask)
+    absorbed, _ = attention.attend_absorbed(*queries, *cached, mask, attention.kv_b_proj.weight)
     expanded, _ = attention.attend_expanded(*queries, *cached, mask)
     assert absorbed.dtype == expanded.dtype == torch.bfloat16
     scale = expanded.float().abs().max().item()
@@ -165,8 +165,14 @@ def test_absorbing_is_chosen_by_the_number_of_multiplications():
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", WITH_LATENTS)
 @torch.no_grad()
-def test_an_adapter_on_kv_b_proj_takes_effect_in_cached_decoding(family, implementation):
+def test_an_adapter_on_kv_b_proj_takes_effect_in_cached_decoding(family, implementation, monkeypatch):
     """Absorbed attention reads the weight itself; it must not pass over what PEFT puts around it."""
+    absorbed, attend_absorbed = [], MultiHeadLatentAttention.attend_absorbed
+    monkeypatch.setattr(
+        MultiHeadLatentAttention,
+        "attend_absorbed",
+        lambda self, *args: absorbed.append(self.layer_idx) or attend_absorbed(self, *args),
+    )
     model = small_model(family, implementation)
     ids = random_ids(2, 12)
     plain = model(ids).logits
@@ -181,7 +187,9 @@ def test_an_adapter_on_kv_b_proj_takes_effect_in_cached_decoding(family, impleme
         steps = [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(8, 12)]
         return torch.cat(steps, dim=1)
 
+    absorbed.clear()
     torch.testing.assert_close(decoded(adapted), expected[:, 8:], **TOLERANCE)
+    assert absorbed == [0, 1, 2] * 4
     with adapted.disable_adapter():
         torch.testing.assert_close(decoded(adapted), plain[:, 8:], **TOLERANCE)
     merged = adapted.merge_and_unload()

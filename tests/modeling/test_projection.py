@@ -6,7 +6,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from deepseek_hf.modeling import projection
-from deepseek_hf.modeling.projection import project
+from deepseek_hf.modeling.projection import effective_weight, project
 
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-5}
 
@@ -47,7 +47,32 @@ def test_adapted_layer(target, bias, by_weight):
     inject_adapter_in_model(LoraConfig(r=4, init_lora_weights=False, **target), holder)
     states = torch.randn(3, 300)
     torch.testing.assert_close(project(holder.layer, states), holder.layer(states), **TOLERANCE)
-    assert len(by_weight) == ("target_parameters" in target and not bias)
+    assert len(by_weight) == (not bias)
+    weight = effective_weight(holder.layer)
+    assert (weight is None) == bias
+    if not bias:
+        torch.testing.assert_close(states @ weight.T, holder.layer(states), **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"use_dora": True}, {"lora_dropout": 0.5}, {"dtype": torch.bfloat16}, {"merged": True}]
+)
+def test_what_adapters_do_besides_is_left_to_peft(settings, by_weight):
+    holder = Holder()
+    dtype, merged = settings.pop("dtype", None), settings.pop("merged", False)
+    inject_adapter_in_model(LoraConfig(r=4, init_lora_weights=False, target_modules=["layer"], **settings), holder)
+    layer, states = holder.layer, torch.randn(3, 300)
+    if dtype is not None:
+        layer.lora_A.to(dtype)
+        layer.lora_B.to(dtype)
+    if merged:
+        layer.merge()
+    outputs = []
+    for apply in (lambda: project(layer, states), lambda: layer(states)):
+        torch.manual_seed(0)
+        outputs.append(apply())
+    assert torch.equal(*outputs)
+    assert not by_weight
 
 
 def hooked() -> nn.Module:
@@ -76,4 +101,5 @@ class Quantised(nn.Linear):
 def test_layers_that_do_more_are_called(make, by_weight):
     layer, states = make(), torch.randn(2, 300)
     assert torch.equal(project(layer, states), layer(states))
+    assert effective_weight(layer) is None
     assert not by_weight
