@@ -88,3 +88,9 @@ def timed(tokens: int, compared: Comparison, work: Sequence[Work], **fields) -> 
         theirs_extra_bytes=theirs.extra_bytes,
         **fields,
     )
+
+
+def extra_memory(compared: Comparison, **fields) -> Result:
+    """The result of the same calls that tells their peak memory beyond what was held before them."""
+    ours, theirs = compared.ours.extra_bytes, compared.theirs.extra_bytes
+    return Result(unit="GB", ours=ours / 1e9, theirs=theirs / 1e9, ratio=ours / theirs, **fields)

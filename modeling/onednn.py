@@ -101,6 +101,8 @@ def _is_for_onednn(left: torch.Tensor, right: torch.Tensor, multiplications: int
         and multiplications >= SMALLEST_PRODUCT
         and (right.is_contiguous() or right.mT.is_contiguous())  # for others oneDNN has no fast kernel
         and not torch.is_autocast_enabled("cpu")  # it would have torch compute in bfloat16
+        and not torch.compiler.is_exporting()  # what is exported shall run elsewhere
+        and not torch.jit.is_tracing()
         and torch.backends.mkldnn.enabled
         and HAS_OPERATOR
     )

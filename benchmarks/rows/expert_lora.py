@@ -6,7 +6,7 @@ from functools import partial
 from measuring import alternate
 from models import Pair, build_pair, random_tokens
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from results import Result, Setup, Target, timed
+from results import Result, Setup, Target, extra_memory, timed
 from work import Work, causal_attention, weights
 
 from rows.lora import check_lora, lora_step
@@ -64,14 +64,11 @@ def run(setup: Setup) -> Iterator[Result]:
         target=Target(SPEED_TARGET),
         difference=difference,
     )
-    yield Result(
+    yield extra_memory(
+        compared,
         row="expert-lora",
         case=f"{TOKENS} tokens, extra memory",
-        unit="GB",
         layers=layers,
-        ours=compared.ours.extra_bytes / 1e9,
-        theirs=compared.theirs.extra_bytes / 1e9,
-        ratio=compared.ours.extra_bytes / compared.theirs.extra_bytes,
         target=Target(MEMORY_TARGET, at_most=True),
     )
     yield timed(

@@ -7,7 +7,7 @@ import torch
 from measuring import alternate
 from models import Pair, assert_agreement, build_pair, random_tokens
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from results import Result, Setup, Target, timed
+from results import Result, Setup, Target, extra_memory, timed
 from work import Work, causal_attention, weights
 
 LAYERS, REPETITIONS = 2, 2
@@ -80,13 +80,10 @@ def run(setup: Setup) -> Iterator[Result]:
         target=Target(SPEED_TARGET),
         difference=difference,
     )
-    yield Result(
+    yield extra_memory(
+        compared,
         row="lora",
         case=f"{TOKENS} tokens, extra memory",
-        unit="GB",
         layers=layers,
-        ours=compared.ours.extra_bytes / 1e9,
-        theirs=compared.theirs.extra_bytes / 1e9,
-        ratio=compared.ours.extra_bytes / compared.theirs.extra_bytes,
         target=Target(MEMORY_TARGET, at_most=True),
     )

@@ -52,6 +52,18 @@ def test_compiled(recording):
         torch.testing.assert_close(*gradients, **TOLERANCE)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_exported_code_has_torch_operators_alone():
+    class Product(torch.nn.Module):
+        def forward(self, states, weight):
+            return linear(states, weight)
+
+    inputs = torch.randn(SMALLEST_PRODUCT // (140 * 300) + 1, 300), torch.randn(140, 300)
+    exported = torch.export.export(Product(), inputs)
+    assert {node.target.namespace for node in exported.graph.nodes if node.op == "call_function"} == {"aten"}
+    assert "mkldnn" not in str(torch.jit.trace(Product(), inputs).graph)
+
+
 def test_second_gradient():
     """A gradient that itself is to be differentiated, as a penalty on it is."""
     torch.manual_seed(0)
