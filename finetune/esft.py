@@ -126,16 +126,23 @@ def specialize(model: PreTrainedModel, config: ExpertConfig) -> PreTrainedModel:
         if chosen:
             mixture = model.model.layers[layer].mlp
             mixture.experts = SpecializedExperts(mixture.experts, chosen)
-    main_layers = tuple(f"layers.{index}." for index in range(model.config.num_hidden_layers))
-    for name, parameter in model.model.named_parameters():
-        is_main = not name.startswith("layers.") or name.startswith(main_layers)
-        kind = kind_of(f".{name}")
-        if kind == "shared_experts":
-            parameter.requires_grad_(config.shared_experts and is_main)
-        elif kind != "experts":
-            parameter.requires_grad_(config.non_expert_modules and is_main)
+    for parameter in trained_besides_experts(model, config).values():
+        parameter.requires_grad_(True)
     model.expert_config = config
     return model
+
+
+def trained_besides_experts(model: PreTrainedModel, config: ExpertConfig) -> dict[str, nn.Parameter]:
+    """The parameters of the backbone, by name, that `config` trains whole: none of the routed experts', and none of the
+    MTP layers'."""
+    main_layers = tuple(f"layers.{index}." for index in range(model.config.num_hidden_layers))
+    wanted = {"experts": False, "shared_experts": config.shared_experts}
+    return {
+        name: parameter
+        for name, parameter in model.model.named_parameters()
+        if wanted.get(kind_of(f".{name}"), config.non_expert_modules)
+        and (not name.startswith("layers.") or name.startswith(main_layers))
+    }
 
 
 def expert_config_of(model: nn.Module) -> ExpertConfig | None:
@@ -171,14 +178,7 @@ def trained_tensors(model: PreTrainedModel, config: ExpertConfig) -> dict[str, t
         for expert in chosen:
             for name, view in expert_views(model, layer, expert).items():
                 tensors[f"layers.{layer}.mlp.experts.{expert}.{name}.weight"] = view
-    main_layers = tuple(f"layers.{index}." for index in range(model.config.num_hidden_layers))
-    for name, parameter in model.model.named_parameters():
-        if name.startswith("layers.") and not name.startswith(main_layers):
-            continue
-        kind = kind_of(f".{name}")
-        if kind != "experts" and (config.shared_experts if kind == "shared_experts" else config.non_expert_modules):
-            tensors[name] = parameter
-    return tensors
+    return tensors | trained_besides_experts(model, config)
 
 
 @torch.no_grad()

@@ -71,9 +71,8 @@ class ExpertScores:
         chosen = {}
         for layer, shares in self.shares(function).items():
             order = shares.argsort(descending=True, stable=True)
-            enough = (
-                shares[order].cumsum(0) >= top_p - 1e-12
-            )  # shares of exactly top_p are not to be missed by rounding
+            # Shares of exactly top_p are not to be missed by rounding.
+            enough = shares[order].cumsum(0) >= top_p - 1e-12
             chosen[layer] = order[: int((~enough).sum()) + 1].tolist()
         return chosen
 

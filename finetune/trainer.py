@@ -7,8 +7,7 @@ from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from deepseek_hf.finetune.esft import expert_config_of, load_esft, save_esft
-
+from .esft import expert_config_of, load_esft, save_esft
 from .router_bias import unwrap
 
 

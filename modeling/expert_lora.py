@@ -30,7 +30,8 @@ class LowRank(NamedTuple):
 
 
 class ExpertLinear(NamedTuple):
-    """One expert's projection: `weight` [out, in] and, where LoRA adapts it, `a` [R, in] and `b` [out, R]."""
+    """The projection of an expert or of any linear layer: `weight` [out, in], and where LoRA adapts it, `a` [R, in] and
+    `b` [out, R]."""
 
     weight: torch.Tensor
     a: torch.Tensor | None = None

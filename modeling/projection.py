@@ -24,8 +24,10 @@ def project(layer: nn.Module, states: torch.Tensor) -> torch.Tensor:
 def effective_weight(layer: nn.Module) -> torch.Tensor | None:
     """The matrix [out, in] that `layer` multiplies by, W or with LoRA W + B·A; `None` where it does anything else."""
     projection = _by_weight(layer)
-    if projection is None or projection.a is None:
-        return None if projection is None else projection.weight
+    if projection is None:
+        return None
+    if projection.a is None:
+        return projection.weight
     return torch.addmm(projection.weight, projection.b, projection.a)
 
 

@@ -262,7 +262,7 @@ class MultiTokenDrafter:
 
     def keep_tail(self, hidden_states: torch.Tensor, embeds: torch.Tensor, kept: list[int], last) -> None:
         """Remembers the last D-1 settled positions of each row, or as many as there are."""
-        length = min(len(self.layers) - 1, *kept) if len(kept) > 1 else min(len(self.layers) - 1, kept[0])
+        length = min(len(self.layers) - 1, *kept)
         if length <= 0:
             self.tail = None
         elif last is None:
